@@ -1,0 +1,481 @@
+"""Images: finding them, decoding them, and a loader whose batches depend on (seed, epoch, step) and nothing else.
+
+The loader decodes and crops in threads (decoding and resizing release the interpreter lock) into uint8 batches a few
+steps ahead, and the rest of the augmentation runs in batch on the device when a script asks for `batch.views()`.
+A dataset is anything with `__len__` and `__getitem__(i) -> (uint8 tensor (3, H, W) or PIL image, int label)`.
+"""
+
+import collections
+import concurrent.futures
+import dataclasses
+import io
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from common import augment
+from common.distributed import rank, world_size
+from common.log import fail
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+NAMES = {"digits": 16, "cifar10": 32, "cifar100": 32, "stl10": 96, "fake": 64}  # and the size they are used at
+AHEAD = 2  # batches prepared in advance; with the one in use, three exist at a time
+
+
+# ---------------------------------------------------------------------------------------------------- datasets
+class BadImage(Exception):
+    """An image that cannot be decoded; the text names the file and the reason."""
+
+
+def to_rgb(image):
+    """Any PIL image -> uint8 (3, H, W): upright (EXIF), 16-bit grey scaled to 8 bits, the rest as PIL converts it."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":  # convert("RGB") would clip these at 255
+        array = np.asarray(image, dtype=np.float32)
+        image = Image.fromarray(
+            (array / 257 if array.max(initial=0) > 255 else array).round().clip(0, 255).astype(np.uint8)
+        )
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+def decode(data):
+    """Encoded bytes -> uint8 (3, H, W). JPEG by torchvision's decoder, everything unusual by PIL."""
+    if data[:3] == b"\xff\xd8\xff":
+        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        try:
+            image = decode_jpeg(encoded, mode=ImageReadMode.UNCHANGED, apply_exif_orientation=True)
+            if image.shape[0] == 3:
+                return image
+            if image.shape[0] == 1:
+                return image.expand(3, -1, -1)
+        except RuntimeError:
+            pass  # PIL reads some more kinds, and has the better message for the rest
+    with Image.open(io.BytesIO(data)) as image:
+        return to_rgb(image)
+
+
+class Files:
+    """Image files. paths: relative to root; kept as one bytes blob, so that a million of them cost their length."""
+
+    def __init__(self, root, paths, labels=None, classes=None):
+        encoded = [os.fsencode(p) for p in paths]
+        self.root, self.blob = os.fsencode(root), b"".join(encoded)
+        self.offsets = np.cumsum([0, *map(len, encoded)])
+        self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
+        self.classes = classes
+
+    def __len__(self):
+        return len(self.offsets) - 1
+
+    def path(self, i):
+        return os.fsdecode(os.path.join(self.root, self.blob[self.offsets[i] : self.offsets[i + 1]]))
+
+    def __getitem__(self, i):
+        try:
+            with open(self.path(i), "rb") as file:
+                image = decode(file.read())
+        except Exception as error:  # decoders raise a dozen kinds, all of which mean the same to the reader
+            raise BadImage(
+                f"{self.path(i)}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            ) from None
+        return image, -1 if self.labels is None else int(self.labels[i])
+
+
+class Arrays:
+    """Images held in memory as one uint8 array (N, H, W, 3)."""
+
+    def __init__(self, images, labels, classes=None):
+        self.images, self.labels, self.classes = images, np.asarray(labels, dtype=np.int64), classes
+        if (self.labels < 0).all():
+            self.labels = None
+
+    def __len__(self):
+        return len(self.images)
+
+    def path(self, i):
+        return f"image {i}"
+
+    def __getitem__(self, i):
+        image = torch.from_numpy(self.images[i]).permute(2, 0, 1)
+        return image, -1 if self.labels is None else int(self.labels[i])
+
+
+class Fake:
+    """Coloured noise of 10 classes, drawn from the index: for trying things without data."""
+
+    def __init__(self, n, offset, size=64):
+        self.n, self.offset, self.size = n, offset, size
+        self.labels, self.classes = np.arange(n) % 10, [str(c) for c in range(10)]
+
+    def __len__(self):
+        return self.n
+
+    def path(self, i):
+        return f"fake image {i}"
+
+    def __getitem__(self, i):
+        label = int(self.labels[i])
+        noise = augment.uniforms(0, 0, [i + self.offset], 99, self.size * self.size * 3).reshape(
+            self.size, self.size, 3
+        )
+        tint = augment.uniforms(0, 0, [label], 98, 3)
+        return torch.from_numpy((255 * (noise + tint) / 2).astype(np.uint8)).permute(2, 0, 1), label
+
+
+class Subset:
+    """Some samples of a dataset, by index."""
+
+    def __init__(self, dataset, indices):
+        self.dataset, self.indices = dataset, np.asarray(indices)
+        self.labels = None if dataset.labels is None else dataset.labels[self.indices]
+        self.classes = dataset.classes
+
+    def __len__(self):
+        return len(self.indices)
+
+    def path(self, i):
+        return self.dataset.path(self.indices[i])
+
+    def __getitem__(self, i):
+        return self.dataset[int(self.indices[i])]
+
+
+def spread(dataset, most):
+    """At most `most` samples, evenly spaced over the dataset."""
+    if len(dataset) <= most:
+        return dataset
+    return Subset(dataset, np.linspace(0, len(dataset) - 1, most).round().astype(np.int64))
+
+
+# ------------------------------------------------------------------------------------- finding what --data names
+def default_size(data):
+    """The image size to use when none is asked for: that of a small named set, else 224."""
+    return NAMES.get(str(data).partition(":")[0], 224)
+
+
+def build(data, split, image_list=None, required=True):
+    """The dataset that `--data` names. split: "train" or "val". image_list: a list file instead of the folder's own.
+
+    data: a folder with train/ and val/ (class sub-folders, or flat), a folder of images, or one of NAMES
+    (cifar10:/path to say where it lies, fake:N for N images). Returns None if the split does not exist and
+    `required` is false. Anything wrong ends the program with code 2 and one line.
+    """
+    name, _, where = str(data).partition(":")
+    if name in NAMES and not image_list:
+        return _named(name, where, split)
+    root = Path(data)
+    if not root.is_dir():
+        kind = "is not a folder" if root.exists() else "does not exist"
+        fail(f"--data {data} {kind}: give a folder of images or one of {', '.join(NAMES)}")
+    if image_list:
+        return _from_list(root, Path(image_list), split)
+    folders = {"train": ("train",), "val": ("val", "valid", "validation", "test")}[split]
+    found = next((root / f for f in folders if (root / f).is_dir()), None)
+    if found is None and (split == "val" or (root / "val").is_dir()):
+        if required:
+            fail(f"--data {data} has no {folders[0]}/ folder")
+        return None
+    return _from_folder(found or root, labelled=found is not None)
+
+
+def _scan(folder, prefix=""):
+    """Relative paths of all images below a folder, sorted; links to folders are followed once."""
+    images, folders = [], []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                folders.append(entry.name)
+            elif entry.name.lower().endswith(EXTENSIONS):
+                images.append(prefix + entry.name)
+    for name in sorted(folders):
+        path = os.path.join(folder, name)
+        if os.path.islink(path) and os.path.realpath(folder).startswith(os.path.realpath(path)):
+            continue  # a link to one of its own parents
+        images += _scan(path, f"{prefix}{name}/")
+    return images if prefix else sorted(images)
+
+
+def _from_folder(folder, labelled):
+    paths = _scan(folder)
+    if not paths:
+        fail(f"no images in {folder}: expected files ending in {' '.join(EXTENSIONS)}")
+    if not labelled or any("/" not in p for p in paths):
+        return Files(folder, paths)
+    classes = sorted({p.split("/", 1)[0] for p in paths})
+    number = {c: i for i, c in enumerate(classes)}
+    return Files(folder, paths, [number[p.split("/", 1)[0]] for p in paths], classes)
+
+
+def _from_list(root, image_list, split):
+    flag = f"--{split}-list {image_list}"
+    if not image_list.is_file():
+        fail(f"{flag} does not exist")
+    paths, labels = [], []
+    for number, line in enumerate(image_list.read_text(encoding="utf-8", errors="surrogateescape").splitlines(), 1):
+        line = line.strip()
+        if not line or line.startswith("#"):
+            continue
+        path, _, label = line.rpartition(" ")
+        labelled = bool(path) and label.isdigit()
+        if paths and labelled != bool(labels):
+            fail(f"{flag}, line {number}: {'a' if labelled else 'no'} label, unlike the lines before: {line!r}")
+        paths.append(path.rstrip() if labelled else line)
+        if labelled:
+            labels.append(int(label))
+    if not paths:
+        fail(f"{flag} names no image")
+    missing = next((p for p in paths if not (root / p).is_file()), None)
+    if missing is not None:
+        fail(f"{flag} names {missing!r}, which is not in {root}")
+    return Files(root, paths, labels or None)
+
+
+def _named(name, where, split):
+    train = split == "train"
+    if name == "fake":
+        if where and not (where.isdigit() and int(where) > 0):
+            fail(f"--data fake:{where}: the part after the colon is the number of images")
+        n = int(where or 1000)
+        return Fake(n, 0) if train else Fake(max(10, n // 5), n)
+    if name == "digits":
+        from sklearn.datasets import load_digits
+
+        images, labels = load_digits(return_X_y=True)
+        images = (images.reshape(-1, 8, 8, 1) * (255 / 16)).round().astype(np.uint8).repeat(3, axis=3)
+        cut = 1297  # the last 500 images come from other writers than the first
+        part = slice(None, cut) if train else slice(cut, None)
+        return Arrays(np.ascontiguousarray(images[part]), labels[part], [str(d) for d in range(10)])
+    import torchvision
+
+    root = where or os.environ.get("TORCH_DATA", "data")
+    try:
+        if name == "stl10":
+            sets = torchvision.datasets.STL10(root, "train+unlabeled" if train else "test", download=not where)
+            return Arrays(np.ascontiguousarray(sets.data.transpose(0, 2, 3, 1)), sets.labels, sets.classes)
+        kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[name]
+        sets = kind(root, train, download=not where)
+        return Arrays(sets.data, sets.targets, sets.classes)
+    except (RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        fail(f"--data {name} in {root}: {reason}; put torchvision's files in a folder and say --data {name}:FOLDER")
+
+
+# ------------------------------------------------------------------------------------------------------ loading
+@dataclasses.dataclass
+class Batch:
+    """One micro-batch of one process. images[v]: uint8 (B, 3, S, S) on the device. labels, indices: int64 (B,)."""
+
+    images: list
+    steps: list
+    recipes: tuple
+    labels: torch.Tensor
+    indices: torch.Tensor
+    dtype: torch.dtype
+
+    def views(self):
+        """The augmented, normalised views: a list of (B, 3, S, S) floats, channels_last."""
+        return [
+            augment.augment(images, steps, recipe.mean, recipe.std, self.dtype)
+            for images, steps, recipe in zip(self.images, self.steps, self.recipes, strict=True)
+        ]
+
+
+class Loader:
+    """Random views of a dataset in batches, each a pure function of (seed, epoch, step) whatever processes there are.
+
+    views: one `augment.View` each. batch_size: images per optimiser step over all processes and `accum` micro-batches.
+    `epoch(e)` yields `steps * accum` micro-batches of `local` images; the last, incomplete step is dropped.
+    waited: seconds that the caller has spent waiting for images so far.
+    """
+
+    def __init__(
+        self, dataset, views, batch_size, *, seed=0, device="cpu", workers=4, accum=1, max_bad=100, dtype=None
+    ):
+        if batch_size > len(dataset):
+            fail(f"--batch-size {batch_size} is larger than the data set ({len(dataset)} images)")
+        self.dataset, self.recipes, self.seed, self.accum = dataset, tuple(views), seed, accum
+        self.batch_size, self.local = batch_size, batch_size // (world_size() * accum)
+        self.steps = len(dataset) // batch_size
+        self.dtype = dtype or torch.float32
+        self.pool = Pool(dataset, device, workers, max_bad)
+
+    @property
+    def waited(self):
+        return self.pool.waited
+
+    def order(self, epoch):
+        """The epoch's permutation of the whole data set, the same on every process."""
+        return np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(len(self.dataset))
+
+    def epoch(self, epoch, start=0, order=None):
+        """Micro-batches of an epoch from optimiser step `start` on. order: sample indices instead of a permutation;
+        a sample that comes up twice is augmented differently each time."""
+        order = self.order(epoch) if order is None else np.asarray(order)
+        shuffled = np.argsort(order, kind="stable")
+        first = np.searchsorted(order[shuffled], order[shuffled])
+        occurrence = np.empty_like(order)
+        occurrence[shuffled] = np.arange(len(order)) - first
+        jobs = []
+        for step in range(start, len(order) // self.batch_size):
+            for micro in range(self.accum):
+                begin = step * self.batch_size + (micro * world_size() + rank()) * self.local
+                jobs.append(slice(begin, begin + self.local))
+
+        def job(part):
+            key = order[part] + len(self.dataset) * occurrence[part]
+            draws = np.stack(
+                [augment.uniforms(self.seed, epoch, key, v, augment.DRAWS) for v in range(len(self.recipes))]
+            )
+            return order[part], draws
+
+        for indices, draws, images, labels in self.pool.run(map(job, jobs), self.recipes, self._crop):
+            steps = [self._steps(augment.plan(recipe, u)) for recipe, u in zip(self.recipes, draws, strict=True)]
+            yield Batch(images, steps, self.recipes, labels, self.pool.to_device(torch.from_numpy(indices)), self.dtype)
+
+    @staticmethod
+    def _crop(image, view, u):
+        box = augment.crop_box(u.tolist(), image.shape[1], image.shape[2], view)
+        return augment.crop_resize(image, box, view.size, view.interpolation)
+
+    def _steps(self, steps):
+        """The rows and amounts of a plan on the device, in two transfers."""
+        if not steps:
+            return []
+        names, rows, amounts = zip(*steps, strict=True)
+        sizes = [len(r) for r in rows]
+        rows = self.pool.to_device(torch.from_numpy(np.concatenate(rows))).split(sizes)
+        amounts = self.pool.to_device(torch.from_numpy(np.concatenate(amounts))).split(sizes)
+        return list(zip(names, rows, amounts, strict=True))
+
+
+def eval_batches(dataset, view, batch_size, device, workers=4, dtype=torch.float32):
+    """This process's share of a dataset in order: yields (images (B, 3, S, S), labels (B,), indices (B,)).
+
+    The shares of the processes are contiguous, in rank order, and together hold every sample exactly once.
+    """
+    n, w, r = len(dataset), world_size(), rank()
+    indices = np.arange(n * r // w, n * (r + 1) // w)
+    parts = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
+    pool = Pool(dataset, device, workers, max_bad=100)
+    jobs = ((part, np.zeros((1, len(part), 0))) for part in parts)
+    for part, _, images, labels in pool.run(jobs, (view,), lambda image, view, u: augment.center_crop(image, view)):
+        yield augment.augment(images[0], [], view.mean, view.std, dtype), labels, torch.from_numpy(part)
+
+
+class Pool:
+    """Threads that fill uint8 batches. workers = 0 does the same in the calling thread."""
+
+    def __init__(self, dataset, device, workers, max_bad):
+        self.dataset, self.device, self.max_bad = dataset, torch.device(device), max_bad
+        self.pinned = self.device.type == "cuda"
+        self.workers, self.bad, self.waited = workers, set(), 0.0
+        self.threads = concurrent.futures.ThreadPoolExecutor(workers, initializer=_one_thread) if workers else None
+
+    def to_device(self, tensor):
+        if self.pinned:
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
+
+    def run(self, jobs, views, crop):
+        """jobs: (indices (B,), draws (V, B, n)) each. Yields (indices, draws, images per view on the device, labels).
+
+        The uint8 buffers are used again; on CUDA only after the copy to the device has been made.
+        """
+        free, queue = collections.deque(), collections.deque()
+        jobs = iter(jobs)
+
+        def submit():
+            for indices, draws in jobs:
+                slot = free.popleft() if free else _Slot()
+                slot.prepare(len(indices), views, self.pinned)
+                chunk = max(1, min(8, len(indices) // max(1, self.workers)))
+                parts = [range(i, min(i + chunk, len(indices))) for i in range(0, len(indices), chunk)]
+                work = [(self._fill, slot, indices, draws, part, views, crop) for part in parts]
+                futures = [self.threads.submit(*w) for w in work] if self.threads else work
+                queue.append((indices, draws, slot, futures))
+                return
+
+        for _ in range(AHEAD if self.threads else 1):
+            submit()
+        while queue:
+            indices, draws, slot, futures = queue.popleft()
+            clock = time.perf_counter()
+            try:
+                for future in futures:
+                    future.result() if self.threads else future[0](*future[1:])
+            except BaseException:
+                for *_, rest in queue:
+                    [f.cancel() for f in rest if self.threads]
+                raise
+            self.waited += time.perf_counter() - clock
+            if self.threads:
+                submit()
+            images = [b[: len(indices)].to(self.device, non_blocking=True).permute(0, 3, 1, 2) for b in slot.images]
+            labels = slot.labels[: len(indices)].to(self.device, non_blocking=True, copy=True)
+            if self.pinned:
+                slot.copied = torch.cuda.Event()
+                slot.copied.record()
+            yield indices, draws, images, labels
+            free.append(slot)
+            if not self.threads:
+                submit()
+
+    def _fill(self, slot, indices, draws, rows, views, crop):
+        for row in rows:
+            image, label = self._load(int(indices[row]))
+            slot.labels[row] = label
+            for v, view in enumerate(views):
+                slot.images[v][row].copy_(crop(image, view, draws[v, row]).permute(1, 2, 0))
+
+    def _load(self, index):
+        """Sample `index`, or the next one that can be decoded; stops the run after max_bad bad images."""
+        for offset in range(len(self.dataset)):
+            try:
+                image, label = self.dataset[(index + offset) % len(self.dataset)]
+                return (image if isinstance(image, torch.Tensor) else to_rgb(image)), label
+            except BadImage as error:
+                bad = (index + offset) % len(self.dataset)
+                if bad not in self.bad:
+                    self.bad.add(bad)
+                    if len(self.bad) > self.max_bad:
+                        raise TooManyBad(
+                            f"{len(self.bad)} images cannot be decoded (--max-bad {self.max_bad}), the last: {error}"
+                        ) from None
+                    print(f"warning: cannot decode {error}; its neighbour is used instead", file=sys.stderr, flush=True)
+        raise TooManyBad("no image can be decoded")
+
+
+class TooManyBad(SystemExit):
+    """More undecodable images than allowed: code 2 and one line."""
+
+    def __init__(self, message):
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        super().__init__(2)
+
+
+class _Slot:
+    """The uint8 buffers of one batch."""
+
+    def __init__(self):
+        self.images, self.labels, self.copied = [], None, None
+
+    def prepare(self, n, views, pinned):
+        if self.copied is not None:
+            self.copied.synchronize()
+        if self.labels is None or len(self.labels) < n:
+            shapes = [(n, v.size, v.size, 3) for v in views]
+            self.images = [torch.empty(shape, dtype=torch.uint8, pin_memory=pinned) for shape in shapes]
+            self.labels = torch.empty(n, dtype=torch.int64, pin_memory=pinned)
+
+
+def _one_thread():
+    """Each loading thread works on its own image: more threads inside an operator would only get in the way."""
+    torch.set_num_threads(1)

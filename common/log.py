@@ -1,0 +1,279 @@
+"""What a run tells: one line for every mistake, one line per log step, log.jsonl, pictures, and a clean stop."""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torchvision
+from tqdm import tqdm
+
+from common.distributed import any_process, finish, is_main, print0, world_size
+
+
+def fail(message, code=2):
+    """Ends the program with one line on stderr (from the main process): code 2 means the user can mend it."""
+    if is_main():
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(code)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that shows defaults, takes no abbreviated flags and reports a mistake in one line."""
+
+    def __init__(self, doc, **kwargs):
+        super().__init__(
+            description=doc,
+            formatter_class=_HelpFormatter,
+            allow_abbrev=False,
+            **kwargs,
+        )
+
+    def error(self, message):
+        fail(f"{message} (try: python {self.prog} --help)")
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def check_args(args):
+    """Refuses values that no script can use: exit 2 and one line naming the flag."""
+    rules = {  # flag: (smallest allowed value, is the bound itself allowed)
+        **dict.fromkeys(["epochs", "batch_size", "accum", "log_every", "width", "lr"], (0, False)),
+        **dict.fromkeys(["workers", "max_steps", "warmup_epochs", "weight_decay", "momentum", "seed"], (0, True)),
+        **dict.fromkeys(["save_every", "knn_every", "max_bad"], (0, True)),
+        "image_size": (8, True),
+    }
+    for name, value in vars(args).items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, float) and not math.isfinite(value):
+            fail(f"{flag} must be a finite number, not {value}")
+        if name in rules and value is not None:
+            low, inclusive = rules[name]
+            if value < low or (value == low and not inclusive):
+                fail(f"{flag} must be {'at least' if inclusive else 'greater than'} {low}, not {value}")
+    if getattr(args, "momentum", 0) >= 1:
+        fail(f"--momentum must be below 1, not {args.momentum}")
+    if getattr(args, "warmup_epochs", 0) and args.warmup_epochs >= args.epochs:
+        fail(f"--warmup-epochs {args.warmup_epochs} must be smaller than --epochs {args.epochs}")
+    parts = world_size() * getattr(args, "accum", 1)
+    if getattr(args, "batch_size", parts) % parts:
+        fail(
+            f"--batch-size {args.batch_size} is not divisible by {world_size()} processes x --accum"
+            f" {parts // world_size()}: try {max(1, round(args.batch_size / parts)) * parts}"
+        )
+
+
+class Stop:
+    """Turns SIGTERM and SIGINT into a request to finish the step, save and exit with code 75."""
+
+    CODE = 75  # EX_TEMPFAIL: run the same command again
+
+    def __init__(self):
+        self.flag = False
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, self._handle)
+
+    def _handle(self, number, frame):
+        if self.flag and number == signal.SIGINT:
+            raise KeyboardInterrupt  # the second Ctrl-C means it
+        self.flag = True
+
+    def requested(self, device):
+        """The same answer on every process (a collective when there are several)."""
+        return any_process(self.flag, device)
+
+
+def _git_commit():
+    try:
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+        here = Path(__file__).resolve().parent
+        return subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=10).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+class Logger:
+    """Writes `<out>/log.jsonl`, and a progress bar (terminal) or plain lines (anywhere else), from the main process.
+
+    args: the script's arguments; uses out, log_every, max_steps. start: steps already done (resumed run); records of
+    later steps, which that run wrote before it died, are dropped. chance: the loss of a model that has learned
+    nothing, shown as a ratio. loader: its share of waiting is shown.
+    """
+
+    def __init__(self, args, loader, total, start, chance=None):
+        self.args, self.loader, self.total, self.chance = args, loader, total, chance
+        self.last = min(total, args.max_steps) if args.max_steps else total
+        self.recent, self.warned, self.stop = [], set(), Stop()
+        self.bar = None
+        self._mark(start)
+        if not is_main():
+            return
+        self.path = Path(args.out) / "log.jsonl"
+        kept = []
+        if start and self.path.exists():
+            for line in self.path.read_text().splitlines():
+                try:
+                    if json.loads(line).get("step", 0) <= start:
+                        kept.append(line)
+                except ValueError:  # the line that a killed process was writing
+                    pass
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in kept))
+        temporary.replace(self.path)
+        shutil.copy(sys.argv[0], args.out) if sys.argv[0].endswith(".py") and Path(sys.argv[0]).exists() else None
+        self._write(
+            command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            args={k: v if isinstance(v, (int, float, str, type(None))) else str(v) for k, v in vars(args).items()},
+            versions={
+                "python": sys.version.split()[0],
+                "torch": torch.__version__,
+                "torchvision": torchvision.__version__,
+            },
+            commit=_git_commit(),
+            processes=world_size(),
+            resumed_at=start,
+        )
+        self.bar = tqdm(
+            total=self.last, initial=start, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
+        )
+
+    def _mark(self, step):
+        self.clock, self.step, self.waited = time.perf_counter(), step, self.loader.waited if self.loader else 0.0
+
+    def _write(self, **record):
+        with open(self.path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def due(self, step):
+        """Is there something to log (and so, anything to read from the device) after this step?"""
+        if self.stop.flag and world_size() == 1:
+            return True
+        return step % self.args.log_every == 0 or step == self.last or step % self.loader.steps == 0
+
+    def log(self, step, epoch, loss, lr, **monitors):
+        """One log step. loss: the global mean, float. monitors: further floats to show (std, ...).
+
+        Stops the run, with code 1, when the loss is not finite: nothing has been saved since the last good step.
+        """
+        if not math.isfinite(loss):
+            last = ", ".join(f"{value:.4g}" for value in self.recent) or "none"
+            fail(
+                f"loss is {loss} at step {step} (lr {lr:.3g}; last losses: {last}). The last good state is in"
+                f" {Path(self.args.out) / 'last.pt'} if it was saved: lower --lr, or try --precision fp32",
+                code=1,
+            )
+        self.recent = [*self.recent[-4:], loss]
+        seconds = max(time.perf_counter() - self.clock, 1e-9)
+        speed = (step - self.step) * self.args.batch_size / seconds
+        wait = (self.loader.waited - self.waited) / seconds
+        record = {"step": step, "epoch": round(epoch, 4), "loss": loss, "lr": lr, "images_per_s": round(speed, 1)}
+        record |= {"wait": round(wait, 3), **monitors, "memory_gb": round(_memory(), 2)}
+        self._mark(step)
+        if not is_main():
+            return
+        self._write(**record)
+        shown = {"loss": f"{loss:.4f}", "lr": f"{lr:.4g}", **{k: f"{v:.3f}" for k, v in monitors.items()}}
+        if self.chance:
+            shown["of chance"] = f"{loss / self.chance:.0%}"
+        shown |= {"img/s": f"{speed:.0f}", "data wait": f"{wait:.0%}", "mem": f"{record['memory_gb']:.1f}G"}
+        text = "  ".join(f"{k} {v}" for k, v in shown.items())
+        if self.bar.disable:
+            print(f"epoch {epoch:.2f}  step {step}/{self.last}  {text}", flush=True)
+        else:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update(step - self.bar.n)
+        if monitors.get("std", 1) < 0.1:
+            self.warn(
+                "collapse",
+                f"std {monitors['std']:.3f}: the outputs of all images are nearly equal (collapse). Lower --lr,"
+                " check --batch-size, and look at views.png",
+            )
+        if wait > 0.2 and step > 20:
+            self.warn(
+                "wait",
+                f"{wait:.0%} of the time is spent waiting for images: raise --workers (now {self.args.workers}),"
+                " move the images to a faster disk, or store them smaller",
+            )
+
+    def note(self, step, **values):
+        """Something measured between steps (k-NN accuracy, clusters in use ...): a line and a record."""
+        if not is_main():
+            return
+        self._write(step=step, **values)
+        text = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())
+        tqdm.write(f"step {step}: {text}", file=sys.stdout)
+        sys.stdout.flush()
+
+    def warn(self, kind, message):
+        """Once per kind."""
+        if kind not in self.warned and is_main():
+            self.warned.add(kind)
+            tqdm.write(f"warning: {message}", file=sys.stderr)
+
+    def end(self, step):
+        """Ends the program after a signal; everything has been saved."""
+        self.close()
+        print0(f"stopped at step {step}, all saved in {self.args.out}: run the same command again to continue")
+        finish()
+        raise SystemExit(Stop.CODE)
+
+    def close(self):
+        if self.bar is not None:
+            self.bar.close()
+
+
+def output_std(z):
+    """Collapse monitor: the standard deviation of the normalised outputs (B, D) over the batch, averaged over
+    dimensions, times sqrt(D). 1: spread evenly over the sphere; 0: all images give the same output."""
+    return torch.nn.functional.normalize(z.detach().float(), dim=1).std(0).mean() * z.shape[1] ** 0.5
+
+
+def _memory():
+    """Peak GB of device memory on CUDA, current resident GB of the process on the CPU."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
+    except (OSError, ValueError):
+        return 0.0
+
+
+def save_views(path, batch, count=8):
+    """PNG of the first samples of a batch: a column per sample, a row per view, as the network sees them."""
+    if not is_main():
+        return
+    rows = []
+    for x, view in zip(batch.views(), batch.recipes, strict=True):
+        x = x[:count].float().cpu()
+        x = x * torch.tensor(view.std).view(1, -1, 1, 1) + torch.tensor(view.mean).view(1, -1, 1, 1)
+        size = max(96, x.shape[-1])  # small images are enlarged without smoothing, so that their pixels can be seen
+        rows.append(torch.nn.functional.interpolate(x.clamp(0, 1), (size, size), mode="nearest"))
+    size = max(c.shape[-1] for c in rows)
+    rows = [torch.nn.functional.pad(c, (0, size - c.shape[-1], 0, size - c.shape[-1]), value=1.0) for c in rows]
+    grid = torchvision.utils.make_grid(torch.cat(rows), nrow=len(rows[0]), padding=4, pad_value=1.0)
+    temporary = Path(path).with_suffix(".tmp.png")
+    torchvision.utils.save_image(grid, temporary)
+    temporary.replace(path)
+
+
+def describe(args, data, loader, model, **lines):
+    """The block printed before the first step: what will happen, in numbers."""
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
+    steps = loader.steps * args.epochs
+    print0(
+        f"data        {args.data}: {len(data):,} images, {loader.steps} steps x {args.epochs} epochs = {steps:,} steps"
+    )
+    print0(f"batch       {args.batch_size} = {world_size()} processes x {args.accum} micro-batches x {loader.local}")
+    print0(f"model       {args.arch}, width {args.width}, {args.image_size} px, {parameters:.2f} M trained parameters")
+    for name, text in lines.items():
+        print0(f"{name:<11} {text}")
+    print0(f"output      {args.out}")

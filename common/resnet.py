@@ -1,0 +1,77 @@
+"""ResNets (He et al. 2016) with torchvision's blocks and key names, a width multiplier and a stem for small images."""
+
+import torch
+from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from common.log import fail
+
+ARCHS = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+    "resnet101": (Bottleneck, (3, 4, 23, 3)),
+    "resnet152": (Bottleneck, (3, 8, 36, 3)),
+}
+SMALL = 64  # pixels up to which the stem is a 3x3 convolution of stride 1 without max-pooling
+
+
+class ResNet(nn.Module):
+    """The convolutional part: images (B, 3, H, W) -> pooled features (B, dim).
+
+    width multiplies the channels of every layer, the stem's included (Chen et al. 2020, SimCLR, section 2.1).
+    Keys and initialisation are torchvision's, so that `torchvision.models.resnet50().load_state_dict(...,
+    strict=False)` finds all but fc.
+    """
+
+    def __init__(self, block, layers, width=1.0, small=False, zero_init_residual=False):
+        super().__init__()
+        self.channels = round(64 * width)
+        if small:
+            self.conv1 = nn.Conv2d(3, self.channels, 3, stride=1, padding=1, bias=False)
+        else:
+            self.conv1 = nn.Conv2d(3, self.channels, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(self.channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.Identity() if small else nn.MaxPool2d(3, stride=2, padding=1)
+        for i, blocks in enumerate(layers):
+            planes = round(64 * 2**i * width)
+            setattr(self, f"layer{i + 1}", self._layer(block, planes, blocks, stride=1 if i == 0 else 2))
+        self.dim = self.channels
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if zero_init_residual and isinstance(module, (BasicBlock, Bottleneck)):
+                nn.init.zeros_((module.bn3 if isinstance(module, Bottleneck) else module.bn2).weight)
+
+    def _layer(self, block, planes, blocks, stride):
+        downsample = None
+        if stride != 1 or self.channels != planes * block.expansion:
+            conv = nn.Conv2d(self.channels, planes * block.expansion, 1, stride=stride, bias=False)
+            downsample = nn.Sequential(conv, nn.BatchNorm2d(planes * block.expansion))
+        layer = [block(self.channels, planes, stride, downsample)]
+        self.channels = planes * block.expansion
+        layer += [block(self.channels, planes) for _ in range(1, blocks)]
+        return nn.Sequential(*layer)
+
+    def stages(self, x):
+        """The five maps that linear and SVM evaluations read: the stem before max-pooling, then layer1 to layer4."""
+        maps = [self.relu(self.bn1(self.conv1(x)))]
+        x = self.maxpool(maps[0])
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = layer(x)
+            maps.append(x)
+        return maps
+
+    def forward(self, x):
+        return torch.flatten(self.stages(x)[-1].mean((2, 3)), 1)
+
+
+def resnet(arch, width=1.0, image_size=224, zero_init_residual=False):
+    """A ResNet by name. Images of at most 64 pixels get the small stem."""
+    if arch not in ARCHS:
+        fail(f"--arch {arch}: unknown, expected one of {', '.join(ARCHS)}")
+    block, layers = ARCHS[arch]
+    if round(64 * width) < 1:
+        fail(f"--width {width} leaves no channel")
+    return ResNet(block, layers, width, small=image_size <= SMALL, zero_init_residual=zero_init_residual)
