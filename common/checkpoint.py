@@ -45,7 +45,7 @@ def save_run(args, step, images, model, optimizer, scaler, backbone, recipe, **m
     recipe: the view whose mean and std the backbone was trained with. more: what else the method has to remember.
     """
     meta = {
-        "method": Path(args.out).name if not hasattr(args, "method") else args.method,
+        "method": type(model).__name__.lower(),
         "arch": args.arch,
         "width": args.width,
         "image_size": args.image_size,
