@@ -220,11 +220,8 @@ def main(args):
                     saved = time.monotonic()
                 if stop:
                     log.end(step)
-        if (
-            args.knn_every
-            and ((epoch + 1) % args.knn_every == 0 or epoch + 1 == args.epochs)
-            and step % loader.steps == 0
-        ):
+        whole = step == (epoch + 1) * loader.steps  # not cut short by --max-steps
+        if args.knn_every and whole and ((epoch + 1) % args.knn_every == 0 or epoch + 1 == args.epochs):
             log.note(step, **knn())
         if step >= log.last:
             break

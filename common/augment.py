@@ -138,10 +138,11 @@ def plan(view, u):
 def crop_resize(image, box, size, interpolation="bilinear"):
     """uint8 (3, H, W) -> uint8 (3, size, size): PIL's crop-then-resize within one grey level, antialiased.
 
-    The slice is not made contiguous: torch's fast uint8 kernel reads the decoder's channels-last strides directly.
+    Sliced as (1, H, W, 3), the crop of a decoded image is recognised as channels-last, which halves the time: torch's
+    uint8 kernel then reads and writes whole pixels.
     """
     top, left, height, width = box
-    crop = image[None, :, top : top + height, left : left + width]
+    crop = image.permute(1, 2, 0)[None, top : top + height, left : left + width].permute(0, 3, 1, 2)
     if (height, width) == (size, size):
         return crop[0]
     return F.interpolate(crop, (size, size), mode=interpolation, antialias=True, align_corners=False)[0]
@@ -151,11 +152,11 @@ def center_crop(image, view):
     """The EvalView of an image: uint8 (3, H, W) -> uint8 (3, size, size)."""
     size, (height, width) = view.size, image.shape[1:]
     resize = view.resize or (size if size <= 64 else round(size * 256 / 224))
-    scale = resize / min(height, width)
-    height, width = max(resize, int(height * scale)), max(resize, int(width * scale))  # as torchvision's Resize
+    height, width = (resize * side // min(height, width) for side in (height, width))  # as torchvision's Resize
     if (height, width) != tuple(image.shape[1:]):
         mode = view.interpolation
-        image = F.interpolate(image[None], (height, width), mode=mode, antialias=True, align_corners=False)[0]
+        image = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)  # channels-last, as in crop_resize
+        image = F.interpolate(image, (height, width), mode=mode, antialias=True, align_corners=False)[0]
     top, left = round((height - size) / 2), round((width - size) / 2)
     return image[:, top : top + size, left : left + size]
 

@@ -14,7 +14,7 @@ from common.resnet import resnet
 
 # Flags that may change between a run and its continuation: none of them alters what is learned.
 RUN_FLAGS = {"data", "train_list", "val_list", "out", "workers", "device", "precision", "compile", "accum", "max_steps"}
-RUN_FLAGS |= {"log_every", "save_every", "knn_every", "max_bad", "resume", "init"}
+RUN_FLAGS |= {"log_every", "save_every", "knn_every", "max_bad", "resume", "init", "dump_clusters"}
 
 
 def save(path, state):
@@ -134,7 +134,7 @@ def load_weights(backbone, weights, path, flag):
     if missing or wrong:
         names = [f"{k} missing" for k in missing]
         names += [f"{k} {tuple(weights[k].shape)} instead of {tuple(own[k].shape)}" for k in wrong]
-        matched = len(own) - len(missing) - len(wrong)
+        matched = sum(k in weights and weights[k].shape == v.shape for k, v in own.items())
         fail(f"{flag} {path}: only {matched}/{len(own)} tensors match the architecture: {'; '.join(names[:5])}")
     backbone.load_state_dict({k: v for k, v in weights.items() if k in own}, strict=False)
     return len(own)
@@ -168,7 +168,9 @@ def load_backbone(path, arch=None, width=None, image_size=None, seed=0):
         if value is not None:
             meta[name] = value
     # the stem goes with the size the network was trained at, not with the size it is used at
-    backbone = resnet(meta["arch"], meta["width"], state.get("meta", meta).get("image_size", meta["image_size"]))
-    count = load_weights(backbone, backbone_weights(state, path, "--pretrained"), path, "--pretrained")
+    trained_size = state.get("meta", meta).get("image_size", meta["image_size"])
+    weights = backbone_weights(state, path, "--pretrained")
+    backbone = resnet(meta["arch"], meta["width"], trained_size, input_filter=weights.get("input_filter"))
+    count = load_weights(backbone, weights, path, "--pretrained")
     print0(f"pretrained  {path}: {meta['method']}, {meta['arch']}, tensors matched {count}/{count}")
     return backbone, meta

@@ -11,12 +11,13 @@ import dataclasses
 import io
 import os
 import sys
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from common import augment
@@ -34,13 +35,16 @@ class BadImage(Exception):
 
 
 def to_rgb(image):
-    """Any PIL image -> uint8 (3, H, W): upright (EXIF), 16-bit grey scaled to 8 bits, the rest as PIL converts it."""
+    """Any PIL image -> uint8 (3, H, W): upright (EXIF), 16-bit and float grey scaled to 8 bits."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":  # convert("RGB") would clip these at 255
         array = np.asarray(image, dtype=np.float32)
-        image = Image.fromarray(
-            (array / 257 if array.max(initial=0) > 255 else array).round().clip(0, 255).astype(np.uint8)
-        )
+        if image.mode.startswith("I;16") or array.max(initial=0) > 255:
+            array = array / 257
+        elif image.mode == "F" and array.max(initial=0) <= 1:
+            array = array * 255
+        image = Image.fromarray(array.round().clip(0, 255).astype(np.uint8))
+    image.info.pop("transparency", None)  # changes no colour, and PIL warns of it
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
@@ -81,9 +85,8 @@ class Files:
             with open(self.path(i), "rb") as file:
                 image = decode(file.read())
         except Exception as error:  # decoders raise a dozen kinds, all of which mean the same to the reader
-            raise BadImage(
-                f"{self.path(i)}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            ) from None
+            reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error).partition("\n")[0]
+            raise BadImage(f"{self.path(i)}: {type(error).__name__}: {reason}") from None
         return image, -1 if self.labels is None else int(self.labels[i])
 
 
@@ -197,7 +200,8 @@ def _scan(folder, prefix=""):
                 images.append(prefix + entry.name)
     for name in sorted(folders):
         path = os.path.join(folder, name)
-        if os.path.islink(path) and os.path.realpath(folder).startswith(os.path.realpath(path)):
+        real = os.path.realpath(path)
+        if os.path.islink(path) and os.path.commonpath([real, os.path.realpath(folder)]) == real:
             continue  # a link to one of its own parents
         images += _scan(path, f"{prefix}{name}/")
     return images if prefix else sorted(images)
@@ -218,23 +222,24 @@ def _from_list(root, image_list, split):
     flag = f"--{split}-list {image_list}"
     if not image_list.is_file():
         fail(f"{flag} does not exist")
-    paths, labels = [], []
+    paths, labels, numbers = [], [], []
     for number, line in enumerate(image_list.read_text(encoding="utf-8", errors="surrogateescape").splitlines(), 1):
         line = line.strip()
         if not line or line.startswith("#"):
             continue
         path, _, label = line.rpartition(" ")
-        labelled = bool(path) and label.isdigit()
+        labelled = bool(path) and label.isdecimal()
         if paths and labelled != bool(labels):
             fail(f"{flag}, line {number}: {'a' if labelled else 'no'} label, unlike the lines before: {line!r}")
         paths.append(path.rstrip() if labelled else line)
+        numbers.append(number)
         if labelled:
             labels.append(int(label))
     if not paths:
         fail(f"{flag} names no image")
-    missing = next((p for p in paths if not (root / p).is_file()), None)
-    if missing is not None:
-        fail(f"{flag} names {missing!r}, which is not in {root}")
+    for number, path in zip(numbers, paths, strict=True):
+        if not (root / path).is_file():
+            fail(f"{flag}, line {number}: {path!r} is not in {root} (expected: relative/path, a space and a number)")
     return Files(root, paths, labels or None)
 
 
@@ -250,8 +255,8 @@ def _named(name, where, split):
 
         images, labels = load_digits(return_X_y=True)
         images = (images.reshape(-1, 8, 8, 1) * (255 / 16)).round().astype(np.uint8).repeat(3, axis=3)
-        cut = 1297  # the last 500 images come from other writers than the first
-        part = slice(None, cut) if train else slice(cut, None)
+        val = np.arange(len(labels)) % 5 == 4  # every fifth image: 1,438 to train on, 359 to test
+        part = ~val if train else val
         return Arrays(np.ascontiguousarray(images[part]), labels[part], [str(d) for d in range(10)])
     import torchvision
 
@@ -271,7 +276,10 @@ def _named(name, where, split):
 # ------------------------------------------------------------------------------------------------------ loading
 @dataclasses.dataclass
 class Batch:
-    """One micro-batch of one process. images[v]: uint8 (B, 3, S, S) on the device. labels, indices: int64 (B,)."""
+    """One micro-batch of one process. images[v]: uint8 (B, 3, S, S) on the device. labels, indices: int64 (B,).
+
+    On the CPU the images lie in the loader's buffers: they change when the next batch is asked for.
+    """
 
     images: list
     steps: list
@@ -376,7 +384,8 @@ class Pool:
     def __init__(self, dataset, device, workers, max_bad):
         self.dataset, self.device, self.max_bad = dataset, torch.device(device), max_bad
         self.pinned = self.device.type == "cuda"
-        self.workers, self.bad, self.waited = workers, set(), 0.0
+        self.workers, self.bad, self.lock, self.waited = workers, set(), threading.Lock(), 0.0
+        torch.get_num_threads()  # fixes this thread's number before the loading threads set theirs to one
         self.threads = concurrent.futures.ThreadPoolExecutor(workers, initializer=_one_thread) if workers else None
 
     def to_device(self, tensor):
@@ -403,30 +412,33 @@ class Pool:
                 queue.append((indices, draws, slot, futures))
                 return
 
-        for _ in range(AHEAD if self.threads else 1):
-            submit()
-        while queue:
-            indices, draws, slot, futures = queue.popleft()
-            clock = time.perf_counter()
-            try:
+        try:
+            for _ in range(AHEAD if self.threads else 1):
+                submit()
+            while queue:
+                indices, draws, slot, futures = queue[0]
+                clock = time.perf_counter()
                 for future in futures:
                     future.result() if self.threads else future[0](*future[1:])
-            except BaseException:
-                for *_, rest in queue:
-                    [f.cancel() for f in rest if self.threads]
-                raise
-            self.waited += time.perf_counter() - clock
-            if self.threads:
-                submit()
-            images = [b[: len(indices)].to(self.device, non_blocking=True).permute(0, 3, 1, 2) for b in slot.images]
-            labels = slot.labels[: len(indices)].to(self.device, non_blocking=True, copy=True)
-            if self.pinned:
-                slot.copied = torch.cuda.Event()
-                slot.copied.record()
-            yield indices, draws, images, labels
-            free.append(slot)
-            if not self.threads:
-                submit()
+                self.waited += time.perf_counter() - clock
+                queue.popleft()
+                if self.threads:
+                    submit()
+                images = [b[: len(indices)].to(self.device, non_blocking=True).permute(0, 3, 1, 2) for b in slot.images]
+                labels = slot.labels[: len(indices)].to(self.device, non_blocking=True, copy=True)
+                if self.pinned:
+                    slot.copied = torch.cuda.Event()
+                    slot.copied.record()
+                yield indices, draws, images, labels
+                free.append(slot)
+                if not self.threads:
+                    submit()
+        except TooManyBad as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(2) from None
+        finally:  # after an error, or when the caller has seen enough
+            for *_, futures in queue:
+                [future.cancel() for future in futures if self.threads]
 
     def _fill(self, slot, indices, draws, rows, views, crop):
         for row in rows:
@@ -442,23 +454,21 @@ class Pool:
                 image, label = self.dataset[(index + offset) % len(self.dataset)]
                 return (image if isinstance(image, torch.Tensor) else to_rgb(image)), label
             except BadImage as error:
-                bad = (index + offset) % len(self.dataset)
-                if bad not in self.bad:
-                    self.bad.add(bad)
-                    if len(self.bad) > self.max_bad:
-                        raise TooManyBad(
-                            f"{len(self.bad)} images cannot be decoded (--max-bad {self.max_bad}), the last: {error}"
-                        ) from None
-                    print(f"warning: cannot decode {error}; its neighbour is used instead", file=sys.stderr, flush=True)
+                self._report((index + offset) % len(self.dataset), error)
         raise TooManyBad("no image can be decoded")
 
+    def _report(self, index, error):
+        with self.lock:
+            if index in self.bad:
+                return
+            self.bad.add(index)
+            if len(self.bad) > self.max_bad:
+                raise TooManyBad(f"more than --max-bad {self.max_bad} images cannot be decoded, the last: {error}")
+            sys.stderr.write(f"warning: cannot decode {error}; its neighbour is used instead\n")
 
-class TooManyBad(SystemExit):
-    """More undecodable images than allowed: code 2 and one line."""
 
-    def __init__(self, message):
-        print(f"error: {message}", file=sys.stderr, flush=True)
-        super().__init__(2)
+class TooManyBad(Exception):
+    """More undecodable images than allowed."""
 
 
 class _Slot:

@@ -1,18 +1,21 @@
 """Features of whole data sets and the weighted k-nearest-neighbour classifier on them."""
 
 import contextlib
+import sys
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from common.data import eval_batches, spread
-from common.distributed import all_reduce, gather_uneven, rank, world_size
+from common.distributed import all_reduce, gather_uneven, is_main, rank, world_size
 
 
 @torch.no_grad()
-def extract(backbone, dataset, view, device, workers=4, batch_size=256, amp=None):
+def extract(backbone, dataset, view, device, workers=4, batch_size=256, amp=None, everywhere=True):
     """Features of every sample, in order, on every process: (N, D) float32 and labels (N,) int64, on the device.
 
+    everywhere=False: each process keeps the rows of its own share, which are contiguous and follow in rank order.
     The backbone is put into eval mode for the while. Each process computes its share of the samples once.
     """
     training = backbone.training
@@ -20,12 +23,15 @@ def extract(backbone, dataset, view, device, workers=4, batch_size=256, amp=None
     dtype = next((p.dtype for p in backbone.parameters()), torch.float32)
     features = [torch.empty(0, backbone.dim, device=device)]  # a process may have no sample of a tiny set
     labels = [torch.empty(0, dtype=torch.int64, device=device)]
-    for x, y, _ in eval_batches(dataset, view, batch_size, device, workers, dtype):
+    batches = eval_batches(dataset, view, batch_size, device, workers, dtype)
+    total = -(-len(dataset) // world_size() // batch_size)
+    for x, y, _ in tqdm(batches, "features", total, leave=False, disable=not (is_main() and sys.stderr.isatty())):
         with amp or contextlib.nullcontext():
             features.append(backbone(x).float().flatten(1))
         labels.append(y)
     backbone.train(training)
-    return gather_uneven(torch.cat(features)), gather_uneven(torch.cat(labels))
+    features, labels = torch.cat(features), torch.cat(labels)
+    return (gather_uneven(features), gather_uneven(labels)) if everywhere else (features, labels)
 
 
 @torch.no_grad()
@@ -49,9 +55,10 @@ def knn(train, train_labels, test, test_labels, ks=(20,), temperature=0.07, chun
         weight = ((similarity - similarity.amax(1, keepdim=True)) / temperature).exp()
         neighbour = train_labels[index]
         for i, k in enumerate(ks):
-            votes = torch.zeros(len(query), classes, device=test.device)
+            votes = weight.new_zeros(len(query), classes)
             votes.scatter_add_(1, neighbour[:, :k], weight[:, :k])
-            best = votes.topk(min(5, classes), dim=1).indices == target[:, None]
+            score, best = votes.topk(min(5, classes), dim=1)
+            best = (best == target[:, None]) & (score > 0)  # a class without a vote is no prediction
             correct[i] += torch.stack([best[:, 0].sum(), best.any(1).sum()])
     correct = all_reduce(correct) * 100 / len(test)
     return {k: tuple(row.tolist()) for k, row in zip(ks, correct, strict=True)}

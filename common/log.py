@@ -65,7 +65,7 @@ def check_args(args):
     if getattr(args, "warmup_epochs", 0) and args.warmup_epochs >= args.epochs:
         fail(f"--warmup-epochs {args.warmup_epochs} must be smaller than --epochs {args.epochs}")
     parts = world_size() * getattr(args, "accum", 1)
-    if getattr(args, "batch_size", parts) % parts:
+    if hasattr(args, "accum") and args.batch_size % parts:
         fail(
             f"--batch-size {args.batch_size} is not divisible by {world_size()} processes x --accum"
             f" {parts // world_size()}: try {max(1, round(args.batch_size / parts)) * parts}"
@@ -206,7 +206,8 @@ class Logger:
 
     def note(self, step, **values):
         """Something measured between steps (k-NN accuracy, clusters in use ...): a line and a record."""
-        if not is_main():
+        self._mark(step)  # the time it took does not count as training
+        if not is_main() or not values:
             return
         self._write(step=step, **values)
         text = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in values.items())

@@ -25,6 +25,20 @@ def param_groups(module, weight_decay):
     ]
 
 
+def _parts(params, most=2**18):
+    """Splits a list of tensors into those that one foreach call takes: all of them on a GPU, where calls cost most; on a
+    CPU up to `most` numbers, which stay in its cache from one operation to the next."""
+    part, count = [], 0
+    for p in params:
+        if part and p.device.type == "cpu" and count + p.numel() > most:
+            yield part
+            part, count = [], 0
+        part.append(p)
+        count += p.numel()
+    if part:
+        yield part
+
+
 class LARS(torch.optim.Optimizer):
     """Layer-wise adaptive rate scaling (You et al. 2017), in the form most self-supervised code uses:
 
@@ -42,24 +56,22 @@ class LARS(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if not params:
-                continue
-            for p in params:
-                if "momentum_buffer" not in self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            buffers = [self.state[p]["momentum_buffer"] for p in params]
-            grads = [p.grad for p in params]
-            if group["weight_decay"]:
-                grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
-            torch._foreach_mul_(buffers, group["momentum"])
-            if group["adapt"]:
-                weights, updates = (torch.stack(torch._foreach_norm(tensors)) for tensors in (params, grads))
-                ratio = torch.where((weights > 0) & (updates > 0), group["trust"] * weights / updates, 1.0)
-                torch._foreach_addcmul_(buffers, grads, list(ratio.unbind()))
-            else:
-                torch._foreach_add_(buffers, grads)
-            torch._foreach_add_(params, buffers, alpha=-group["lr"])
+            for params in _parts([p for p in group["params"] if p.grad is not None]):
+                for p in params:
+                    if "momentum_buffer" not in self.state[p]:
+                        self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                buffers = [self.state[p]["momentum_buffer"] for p in params]
+                grads = [p.grad for p in params]
+                if group["weight_decay"]:
+                    grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
+                torch._foreach_mul_(buffers, group["momentum"])
+                if group["adapt"]:
+                    weights, updates = (torch.stack(torch._foreach_norm(tensors)) for tensors in (params, grads))
+                    ratio = torch.where((weights > 0) & (updates > 0), group["trust"] * weights / updates, 1.0)
+                    torch._foreach_addcmul_(buffers, grads, list(ratio.unbind()))
+                else:
+                    torch._foreach_add_(buffers, grads)
+                torch._foreach_add_(params, buffers, alpha=-group["lr"])
 
 
 def precision(name, device):

@@ -1,6 +1,7 @@
 """ResNets (He et al. 2016) with torchvision's blocks and key names, a width multiplier and a stem for small images."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
@@ -22,15 +23,20 @@ class ResNet(nn.Module):
     width multiplies the channels of every layer, the stem's included (Chen et al. 2020, SimCLR, section 2.1).
     Keys and initialisation are torchvision's, so that `torchvision.models.resnet50().load_state_dict(...,
     strict=False)` finds all but fc.
+
+    input_filter: weights (C, 3, k, k), k odd, of a fixed convolution that conv1, which then has C input channels, gets
+    instead of the image. It is a buffer: not trained, but saved with the weights, so that it cannot be forgotten.
     """
 
-    def __init__(self, block, layers, width=1.0, small=False, zero_init_residual=False):
+    def __init__(self, block, layers, width=1.0, small=False, zero_init_residual=False, input_filter=None):
         super().__init__()
         self.channels = round(64 * width)
+        self.register_buffer("input_filter", input_filter)
+        inputs = 3 if input_filter is None else len(input_filter)
         if small:
-            self.conv1 = nn.Conv2d(3, self.channels, 3, stride=1, padding=1, bias=False)
+            self.conv1 = nn.Conv2d(inputs, self.channels, 3, stride=1, padding=1, bias=False)
         else:
-            self.conv1 = nn.Conv2d(3, self.channels, 7, stride=2, padding=3, bias=False)
+            self.conv1 = nn.Conv2d(inputs, self.channels, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(self.channels)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.Identity() if small else nn.MaxPool2d(3, stride=2, padding=1)
@@ -56,6 +62,8 @@ class ResNet(nn.Module):
 
     def stages(self, x):
         """The five maps that linear and SVM evaluations read: the stem before max-pooling, then layer1 to layer4."""
+        if self.input_filter is not None:
+            x = F.conv2d(x, self.input_filter, padding=self.input_filter.shape[-1] // 2)
         maps = [self.relu(self.bn1(self.conv1(x)))]
         x = self.maxpool(maps[0])
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
@@ -67,11 +75,11 @@ class ResNet(nn.Module):
         return torch.flatten(self.stages(x)[-1].mean((2, 3)), 1)
 
 
-def resnet(arch, width=1.0, image_size=224, zero_init_residual=False):
+def resnet(arch, width=1.0, image_size=224, zero_init_residual=False, input_filter=None):
     """A ResNet by name. Images of at most 64 pixels get the small stem."""
     if arch not in ARCHS:
         fail(f"--arch {arch}: unknown, expected one of {', '.join(ARCHS)}")
     block, layers = ARCHS[arch]
     if round(64 * width) < 1:
         fail(f"--width {width} leaves no channel")
-    return ResNet(block, layers, width, small=image_size <= SMALL, zero_init_residual=zero_init_residual)
+    return ResNet(block, layers, width, image_size <= SMALL, zero_init_residual, input_filter)

@@ -1,0 +1,30 @@
+# Needs Python >= 3.10 and make; everything else goes into .venv.
+PYTHON ?= python3
+RUN = .venv/bin/python
+
+.PHONY: venv demo test lint bench clean
+
+venv: .venv/ready
+
+.venv/ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet -e ".[plots,dev]"
+	touch $@
+
+demo: venv  ## pre-train on digits, print the table, draw the picture
+	$(RUN) demo.py
+
+test: venv  ## the test suite
+	$(RUN) -m pytest
+
+lint: venv
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+bench: venv  ## side-by-side timings; installs the libraries that are compared with
+	$(RUN) -m pip install --quiet -e ".[bench]"
+	for script in benchmarks/[a-z]*.py; do $(RUN) $$script || exit 1; done
+
+clean:
+	rm -rf .venv *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,413 @@
+"""SwAV against slow references: Sinkhorn, the loss, multi-crop, the queue, frozen prototypes and the defaults."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import swav
+from common.augment import IMAGENET_STD
+from common.data import Arrays, Loader
+from common.resnet import resnet
+from swav import SwAV, augmentation, code_sizes, parse_args, sinkhorn, swav_loss
+from tests.helpers import TINY, records, state
+
+SMALL = "--dim 8 --hidden-dim 16 --crops 2 1 --sizes 16 12".split()
+
+
+def unit(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(*shape, generator=generator, dtype=torch.float64), dim=-1)
+
+
+def cosines(batch, prototypes, dim=8, seed=0):
+    return unit(batch, dim, seed=seed) @ unit(prototypes, dim, seed=seed + 100).T
+
+
+def sinkhorn_of_the_paper(scores, epsilon, iterations):
+    """Rows and columns of the transport plan Q (K, B), divided in turn, in double precision."""
+    q = np.exp(np.asarray(scores, dtype=np.float64) / epsilon).T
+    q /= q.sum()
+    for _ in range(iterations):
+        q /= q.sum(axis=1, keepdims=True)
+        q /= q.shape[0]
+        q /= q.sum(axis=0, keepdims=True)
+        q /= q.shape[1]
+    return (q * q.shape[1]).T
+
+
+def run(out, *flags):
+    swav.main(parse_args([*TINY.split(), *map(str, flags), "--out", str(out)]))
+    return state(out)
+
+
+# ---- Sinkhorn ----
+
+
+@pytest.mark.parametrize("batch, prototypes", [(16, 16), (40, 7), (5, 60), (1, 3)])
+@pytest.mark.parametrize("epsilon, iterations", [(0.05, 1), (0.05, 3), (0.03, 3), (0.5, 20)])
+def test_sinkhorn_equals_the_paper(batch, prototypes, epsilon, iterations):
+    scores = cosines(batch, prototypes)
+    expected = sinkhorn_of_the_paper(scores, epsilon, iterations)
+    np.testing.assert_allclose(sinkhorn(scores, epsilon, iterations), expected, rtol=1e-10, atol=1e-10)
+    single = sinkhorn(scores.float(), epsilon, iterations)
+    assert single.dtype == torch.float32
+    np.testing.assert_allclose(single, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_sinkhorn_marginals():
+    """Each sample hands out exactly 1; each prototype receives B / K once the iterations have converged."""
+    scores = cosines(48, 12)
+    few, many = sinkhorn(scores, 0.2, 3), sinkhorn(scores, 0.2, 300)
+    for q in (few, many):
+        torch.testing.assert_close(q.sum(1), torch.ones(48, dtype=torch.float64), rtol=0, atol=1e-12)
+        assert (q > 0).all()
+    even = torch.full((12,), 48 / 12, dtype=torch.float64)
+    torch.testing.assert_close(many.sum(0), even, rtol=0, atol=1e-9)
+    assert 1e-6 < (few.sum(0) - even).abs().max() < (torch.softmax(scores / 0.2, 1).sum(0) - even).abs().max()
+
+
+def test_sinkhorn_ignores_a_common_shift_and_leaves_its_input():
+    scores = cosines(9, 5)
+    before = scores.clone()
+    q = sinkhorn(scores, 0.05, 3)
+    torch.testing.assert_close(sinkhorn(scores + 500, 0.05, 3), q, rtol=1e-9, atol=1e-9)
+    assert torch.equal(scores, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("scale", [1.0, 300.0, 60000.0])
+def test_sinkhorn_does_not_overflow(dtype, scale):
+    """exp(60000 / 0.05) fits no float type, and already exp(1 / 0.05) does not fit into float16."""
+    scores = (scale * cosines(30, 6)).to(dtype)
+    q = sinkhorn(scores, 0.05, 3)
+    assert q.dtype == torch.float32 and q.isfinite().all()
+    torch.testing.assert_close(q.sum(1), torch.ones(30), rtol=0, atol=1e-5)
+    if scale == 1.0:
+        expected = sinkhorn_of_the_paper(scores.double(), 0.05, 3)
+        np.testing.assert_allclose(q, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_sinkhorn_under_autocast_stays_in_single_precision():
+    scores = cosines(20, 8).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = sinkhorn(scores, 0.05, 3)
+    assert torch.equal(inside, sinkhorn(scores, 0.05, 3))
+
+
+def test_a_sample_far_from_everything_keeps_its_own_code():
+    """Scores lower than all others by more than a float's range: alone it decides nothing, but it is a sample."""
+    scores = cosines(10, 4).float()
+    scores[3] -= 1e4
+    q = sinkhorn(scores, 0.05, 3)
+    assert q.isfinite().all() and q[3].sum().item() == pytest.approx(1, abs=1e-5)
+
+
+# ---- loss ----
+
+
+def slow_loss(scores, codes, temperature):
+    total, terms = 0.0, 0
+    for i in range(2):
+        for v in range(len(scores)):
+            if v != i:
+                logits = scores[v] / temperature
+                p = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+                total += -np.mean((codes[i] * np.log(p)).sum(axis=1))
+                terms += 1
+    return total / terms
+
+
+@pytest.mark.parametrize("views", [2, 3, 8])
+def test_loss_equals_numpy(views):
+    scores = torch.stack([cosines(6, 5, seed=v) for v in range(views)])
+    codes = torch.stack([sinkhorn(s, 0.05, 3) for s in scores[:2]])
+    ours = swav_loss(scores, codes, 0.1).item()
+    assert ours == pytest.approx(slow_loss(scores.numpy(), codes.numpy(), 0.1), abs=1e-10)
+
+
+def test_loss_is_the_mean_over_code_crops_of_the_mean_over_the_others():
+    """The crop that made a code never predicts it."""
+    codes = torch.eye(4, dtype=torch.float64)[[0, 1]][:, None]  # crop 0 has code 0, crop 1 code 1
+    scores = torch.zeros(4, 1, 4, dtype=torch.float64)
+    scores[0, 0, 0] = scores[1, 0, 1] = 100.0  # only ever right about their own code
+    wrong, uniform = 100 / 0.1, math.log(4)
+    assert swav_loss(scores, codes, 0.1).item() == pytest.approx((2 * wrong + 4 * uniform) / 6, rel=1e-12)
+
+
+def test_uniform_predictions_lose_chance():
+    codes = torch.stack([sinkhorn(cosines(6, 11, seed=s), 0.05, 3) for s in (0, 1)])
+    assert swav_loss(torch.full((5, 6, 11), 0.3), codes.float(), 0.1).item() == pytest.approx(math.log(11), rel=1e-6)
+
+
+def test_loss_gradient():
+    scores = torch.stack([cosines(4, 5, seed=v) for v in range(3)]).requires_grad_()
+    codes = torch.stack([sinkhorn(s, 0.05, 3) for s in scores.detach()[:2]])
+    assert torch.autograd.gradcheck(lambda s: swav_loss(s, codes, 0.1), scores)
+
+
+def test_no_gradient_into_codes():
+    scores = torch.stack([cosines(4, 5, seed=v) for v in range(3)]).requires_grad_()
+    assert not sinkhorn(scores[0], 0.05, 3).requires_grad
+    codes = torch.full((2, 4, 5), 0.2, dtype=torch.float64, requires_grad=True)
+    swav_loss(scores, codes, 0.1).backward()
+    assert codes.grad is None and (scores.grad != 0).all()
+
+
+# ---- model and multi-crop ----
+
+
+def model_of(prototypes=6, queue=0, dim=8, seed=0):
+    torch.manual_seed(seed)
+    return SwAV(resnet("resnet18", 0.125, 16), dim, 16, prototypes, queue)
+
+
+def test_one_backbone_pass_per_resolution():
+    model = model_of().eval()
+    seen = []
+    model.backbone.register_forward_pre_hook(lambda module, inputs: seen.append(tuple(inputs[0].shape)))
+    heads = []
+    model.projector.register_forward_pre_hook(lambda module, inputs: heads.append(len(inputs[0])))
+    views = [torch.randn(3, 3, size, size) for size in (16, 16, 12, 24, 12, 16)]
+    z, scores = model(views)
+    assert sorted(seen) == [(3, 3, 24, 24), (6, 3, 12, 12), (9, 3, 16, 16)]
+    assert heads == [18]
+    assert z.shape == (6, 3, 8) and scores.shape == (6, 3, 6)
+    for v, view in enumerate(views):  # in eval mode each view is on its own, so the order can be checked
+        features = model.projector(model.backbone(view))
+        torch.testing.assert_close(z[v], F.normalize(features, dim=1), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(scores[v], F.normalize(features, dim=1) @ model.prototypes.weight.T)
+
+
+def test_scores_are_cosines_in_single_precision_under_autocast():
+    model = model_of()
+    with torch.autocast("cpu", torch.bfloat16):
+        z, scores = model([torch.randn(4, 3, 16, 16)] * 2)
+    assert z.dtype == scores.dtype == torch.float32
+    torch.testing.assert_close(z.norm(dim=2), torch.ones(2, 4))
+    torch.testing.assert_close(model.prototypes.weight.norm(dim=1), torch.ones(6))
+    assert scores.abs().max() <= 1 + 1e-6
+
+
+def test_views_are_those_of_the_paper():
+    args = parse_args(["--data", "/imagenet"])
+    views = augmentation(args.crops, args.sizes, args.crop_min, args.crop_max, args.flip)
+    assert [(v.size, v.crop) for v in views] == [(224, (0.14, 1.0))] * 2 + [(96, (0.05, 0.14))] * 6
+    for v in views:
+        assert (v.jitter, v.jitter_p, v.gray_p, v.flip) == ((0.8, 0.8, 0.8, 0.2), 0.8, 0.2, 0.5)
+        assert (v.blur_p, v.blur_sigma, v.std, v.solarize_p) == (0.5, (0.1, 2.0), IMAGENET_STD, 0.0)
+    assert (args.batch_size, args.lr, args.epochs, args.warmup_epochs) == (4096, 0.6, 800, 10)
+    assert (args.temperature, args.epsilon, args.iterations, args.weight_decay) == (0.1, 0.05, 3, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        ("--data /x --crops 2", [(224, 0.08, 1.0)] * 2),
+        ("--data cifar10", [(32, 0.08, 1.0)] * 2),
+        ("--data cifar10 --crops 2 4", [(32, 0.14, 1.0)] * 2 + [(14, 0.05, 0.14)] * 4),
+        (
+            "--data /x --crops 2 4 --sizes 160 96 --crop-min .08 .05 --crop-max 1 .14",
+            [(160, 0.08, 1.0)] * 2 + [(96, 0.05, 0.14)] * 4,
+        ),
+        (
+            "--data /x --crops 3 1 2 --sizes 128 96 64 --crop-min .3 .2 .1 --crop-max 1 .5 .3",
+            [(128, 0.3, 1.0)] * 3 + [(96, 0.2, 0.5)] + [(64, 0.1, 0.3)] * 2,
+        ),
+    ],
+)
+def test_crops_by_flags(flags, expected):
+    args = parse_args(flags.split())
+    views = augmentation(args.crops, args.sizes, args.crop_min, args.crop_max, args.flip)
+    assert [(v.size, *v.crop) for v in views] == expected
+    assert args.image_size == expected[0][0]  # what evaluations will use
+    assert all(v.blur_p == (0.5 if args.image_size > 64 else 0) for v in views)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--crops 1 6",
+        "--crops 2 0",
+        "--crops 2 6 --sizes 224",
+        "--crops 2 --sizes 224 96",
+        "--image-size 160 --sizes 224 96",
+        "--crops 2 2 2",
+        "--crop-min .5 .3 --crop-max .4 .4",
+        "--crop-min 0 .05",
+        "--prototypes 1",
+        "--queue -1",
+        "--iterations 0",
+    ],
+)
+def test_wrong_flags_end_with_one_line(flags, capsys):
+    with pytest.raises(SystemExit) as error:
+        parse_args(["--data", "/x", *flags.split()])
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert error.value.code == 2 and len(lines) == 1 and "--" in lines[0]
+
+
+def test_every_image_is_decoded_once_for_all_its_crops():
+    class Counting(Arrays):
+        def __getitem__(self, i):
+            asked.append(i)
+            return super().__getitem__(i)
+
+    asked = []
+    images = np.random.default_rng(0).integers(0, 256, (12, 20, 20, 3), dtype=np.uint8)
+    views = augmentation([2, 3], [16, 8], [0.14, 0.05], [1.0, 0.14])
+    batches = list(Loader(Counting(images, np.zeros(12)), views, 4, workers=0).epoch(0))
+    assert [[x.shape[-1] for x in b.views()] for b in batches] == [[16, 16, 8, 8, 8]] * 3
+    assert sorted(asked) == list(range(12))
+
+
+# ---- queue ----
+
+
+def test_queue_keeps_the_newest_batches_first():
+    model = model_of(queue=10)
+    batches = [unit(2, 4, 8, seed=s).float() for s in range(4)]
+    rows = [[], []]
+    for z in batches:
+        model.enqueue(z)
+        rows = [[*z[crop], *rows[crop]][:10] for crop in range(2)]
+        for crop in range(2):
+            filled = len(rows[crop])
+            assert torch.equal(model.queue[crop, :filled], torch.stack(rows[crop]))
+            assert (model.queue[crop, filled:] == 0).all()
+
+
+def test_codes_of_batch_and_queue(monkeypatch):
+    """Queue and batch are balanced together; the codes are those of the batch, crop by crop."""
+    model = model_of(queue=10).double()
+    model.queue.copy_(unit(2, 10, 8, seed=5))
+    scores = torch.stack([cosines(4, 6, seed=v) for v in range(3)])
+    alone, together = model.codes(scores, 0.05, 3, False), model.codes(scores, 0.05, 3, True)
+    assert alone.shape == together.shape == (2, 4, 6)
+    for crop in range(2):
+        np.testing.assert_allclose(alone[crop], sinkhorn_of_the_paper(scores[crop], 0.05, 3), rtol=1e-10)
+        both = torch.cat([model.queue[crop] @ model.prototypes.weight.T, scores[crop]]).detach()
+        np.testing.assert_allclose(together[crop], sinkhorn_of_the_paper(both, 0.05, 3)[10:], rtol=1e-10)
+    assert (alone - together).abs().max() > 1e-3
+
+
+def test_processes_share_the_queue_without_gap_or_overlap(monkeypatch):
+    model = model_of(queue=10)
+    model.queue.copy_(unit(2, 10, 8, seed=5))
+    asked = []
+    monkeypatch.setattr(swav, "world_size", lambda: 3)
+    monkeypatch.setattr(swav, "sinkhorn", lambda scores, *rest: asked.append(scores[:-4]) or scores)
+    for process in range(3):
+        monkeypatch.setattr(swav, "rank", lambda process=process: process)
+        model.codes(torch.zeros(2, 4, 6), 0.05, 3, True)
+    assert [len(part) for part in asked[::2]] == [3, 3, 4]
+    for crop in range(2):
+        torch.testing.assert_close(torch.cat(asked[crop::2]), model.queue[crop] @ model.prototypes.weight.T)
+
+
+# ---- training ----
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    """Two epochs of four steps, batch 16, with a queue of 24 rows from epoch 1 on; what was seen on the way."""
+    out = tmp_path_factory.mktemp("watched")
+    seen = {"rows": [], "hits": [], "z": []}
+    codes, enqueue, balance = SwAV.codes, SwAV.enqueue, swav.sinkhorn
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            SwAV,
+            "codes",
+            lambda m, s, *r: seen["hits"].append(set(s[:2].argmax(2).flatten().tolist())) or codes(m, s, *r),
+        )
+        patch.setattr(SwAV, "enqueue", lambda m, z: seen["z"].append(z.detach().clone()) or enqueue(m, z))
+        patch.setattr(swav, "sinkhorn", lambda s, *r: seen["rows"].append(len(s)) or balance(s, *r))
+        seen["state"] = run(out, *SMALL, "--epochs", 2, "--prototypes", 8, "--queue", 24, "--queue-epoch", 1)
+    seen["out"] = out
+    return seen
+
+
+def test_queue_is_filled_from_its_epoch_on_and_used_when_full(watched):
+    """24 rows need two batches of 16: epoch 1 begins with step 5, so step 7 is the first to use the queue."""
+    assert watched["rows"] == [16, 16] * 6 + [40, 40] * 2
+    assert len(watched["z"]) == 4
+    expected = torch.cat([watched["z"][-1], watched["z"][-2]], dim=1)[:, :24]
+    assert torch.equal(watched["state"]["model"]["queue"], expected)
+
+
+def test_prototypes_in_use_are_counted_per_epoch(watched):
+    lines = [json.loads(line) for line in (watched["out"] / "log.jsonl").read_text().splitlines()]
+    noted = [r["prototypes_used"] for r in lines if "prototypes_used" in r]
+    expected = [len(set.union(*watched["hits"][e * 4 : e * 4 + 4])) / 8 for e in range(2)]
+    assert noted == expected
+    assert watched["state"]["model"]["hits"].sum().item() == 8 * expected[1]
+
+
+def test_learning_rate_rule(watched):
+    """Peak 0.6 (B / 256)^0.75, that is 4.8 at 4096; from a sixteenth of it up, then half a cosine to a thousandth."""
+    peak = 0.6 * (16 / 256) ** 0.75
+    rates = [r["lr"] for r in records(watched["out"]).values()]
+    up = np.linspace(peak / 16, peak, 5)[:4]
+    down = peak * (0.001 + 0.999 * 0.5 * (1 + np.cos(np.pi * np.arange(4) / 4)))
+    assert rates == pytest.approx([*up, *down], rel=1e-12)
+    assert 0.6 * (4096 / 256) ** 0.75 == pytest.approx(4.8, rel=1e-12)
+
+
+def test_prototypes_are_frozen_at_first_and_unit_afterwards(tmp_path):
+    torch.manual_seed(3)  # that of TINY
+    initial = SwAV(resnet("resnet18", 0.125, 16), 8, 16, 8)
+    flags = [*SMALL, "--prototypes", 8, "--freeze-steps", 2, "--queue", 0, "--max-steps"]
+    frozen, moved = run(tmp_path, *flags, 2)["model"], run(tmp_path, *flags, 3)["model"]
+    assert torch.equal(frozen["prototypes.weight"], initial.prototypes.weight)
+    assert not torch.equal(frozen["projector.3.weight"], initial.projector[3].weight)
+    assert (frozen["prototypes.weight"] != moved["prototypes.weight"]).any(1).all()
+    torch.testing.assert_close(moved["prototypes.weight"].norm(dim=1), torch.ones(8), rtol=0, atol=1e-6)
+
+
+def test_prototypes_are_frozen_for_one_epoch_by_default(watched, tmp_path):
+    frozen = run(
+        tmp_path, *SMALL, "--epochs", 2, "--prototypes", 8, "--queue", 24, "--queue-epoch", 1, "--max-steps", 4
+    )
+    torch.manual_seed(3)
+    initial = SwAV(resnet("resnet18", 0.125, 16), 8, 16, 8).prototypes.weight
+    assert torch.equal(frozen["model"]["prototypes.weight"], initial)
+    assert not torch.equal(watched["state"]["model"]["prototypes.weight"], initial)
+
+
+# ---- defaults ----
+
+
+@pytest.mark.parametrize(
+    "batch, images, expected",
+    [
+        (4096, 1_281_167, (3000, 0)),  # the official recipes: 4096 without a queue,
+        (256, 1_281_167, (3000, 3840)),  # 256 with one of 3840
+        (512, 1_281_167, (3000, 3584)),
+        (64, 10_000, (1000, 1280)),
+        (64, 1_438, (143, 128)),
+        (256, 1_438, (143, 0)),
+        (16, 64, (6, 0)),
+        (4, 9, (2, 0)),
+    ],
+)
+def test_default_sizes(batch, images, expected):
+    assert code_sizes(None, None, batch, images) == expected
+
+
+def test_given_sizes_are_kept_and_the_default_queue_fits_the_data():
+    assert code_sizes(300, 7, 64, 1000) == (300, 7)
+    prototypes, queue = code_sizes(3000, None, 64, 1000)
+    assert prototypes == 3000 and queue == 896 and queue + 64 <= 1000 and queue % 64 == 0
+
+
+def test_smaller_defaults_are_said_in_one_line(tmp_path, capsys):
+    saved = run(tmp_path / "a", *SMALL, "--max-steps", 1)
+    out, err = capsys.readouterr()
+    assert saved["model"]["prototypes.weight"].shape == (6, 8) and saved["model"]["queue"].shape == (2, 0, 8)
+    assert [line for line in out.splitlines() if "a tenth of the images" in line and "no queue" in line]
+    assert "ln(6) = 1.79" in out and "--prototypes" not in err
+    run(tmp_path / "b", *SMALL, "--max-steps", 1, "--prototypes", 200, "--queue", 16)
+    assert "raise --queue or lower --prototypes" in capsys.readouterr().err
