@@ -15,7 +15,7 @@ Small images (after lightly's CIFAR-10 benchmark; 32 px): --image-size 32 --arch
 --warmup-epochs 0. solo-learn scales this loss by 0.1.
 
 --scale-loss and --lr-biases: the official code sums C over its W processes behind autograd's back, so its steps are
-those of L / W; the run above had W = 16 (16 V100, official README). Here the gradient is exact for any number of
+those of L / W; its README trains the above on 16 V100, so W = 16. Here the gradient is exact for any number of
 processes, and L / 16 stands in for theirs. LARS normalises the factor away from the weights' steps (but for the weight
 decay in them); the steps of biases and norms are proportional to it, and --lr-biases 0.0048 was tuned with it. The same
 steps without it: --scale-loss 1 --lr-biases 0.0003. The loss shown is L itself.

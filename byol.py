@@ -17,10 +17,14 @@ Published schedules; --epochs picks the row (the nearest by ratio) for those of 
 Published, ResNet-50 on ImageNet, linear top-1: 74.4 (released weights, 1000 epochs, batch 4096; official README);
 72.93 after 300 epochs, 71.88 after 200 in MMSelfSup 0.11 (batch 4096). Ours: not run.
 
-Small images:
-    python byol.py --data digits --arch resnet18 --width 0.25 --batch-size 64 --epochs 40 --optimizer sgd DOCFLAGS
+Small images, small batches: --optimizer sgd, whose published settings are those of lightly's CIFAR-10 benchmark (its
+loss has a quarter of our gradient, so the learning rate is divided and the weight decay multiplied by 4):
+    python byol.py --data cifar10 --arch resnet18 --hidden-dim 1024 --batch-size 128 --epochs 200 --warmup-epochs 0 \
+        --optimizer sgd --lr 0.03 --weight-decay 2e-3 --tau 0.99
 
-Deviations from the paper: TODO
+Deviations from the paper: the target starts as a copy of the online network, not from another seed; brightness jitter
+multiplies; weights start as in torchvision and torch, with the last scale of each residual block at 0; images of at
+most 64 pixels are not blurred and get a 3x3 stem. --init always starts the target as a copy of what was loaded.
 To hack: copy this file. What is BYOL: the sections augmentation, model and loss, and the lines marked in main.
 """
 
@@ -74,15 +78,15 @@ def parse_args(argv=None):
     group.add_argument("--width", type=float, default=1.0, help="multiplier of the backbone's channels")
     group.add_argument("--dim", type=int, default=256, help="outputs of projector g and predictor q")
     group.add_argument("--hidden-dim", type=int, default=4096, help="hidden width of projector and predictor")
-    group.add_argument("--tau", type=float, help="target's decay rate at the start; rises to 1 (if not given: table)")
+    group.add_argument("--tau", type=float, help="target's decay rate at the start; rises to 1 (unset: by --epochs)")
     group = parser.add_argument_group("optimisation")
     group.add_argument("--epochs", type=int, default=1000)
     group.add_argument("--warmup-epochs", type=int, default=10)
     group.add_argument("--batch-size", type=int, default=4096, help="images per step over all processes and --accum")
     group.add_argument("--accum", type=int, default=1, help="micro-batches per step")
     group.add_argument("--optimizer", choices=["lars", "sgd"], default="lars", help="sgd: for small batches")
-    group.add_argument("--lr", type=float, help="per 256 images: multiplied by batch-size / 256 (if not given: table)")
-    group.add_argument("--weight-decay", type=float, help="not of biases and norms (if not given: table)")
+    group.add_argument("--lr", type=float, help="per 256 images: multiplied by batch-size / 256 (unset: by --epochs)")
+    group.add_argument("--weight-decay", type=float, help="not of biases and norms (unset: by --epochs)")
     group.add_argument("--momentum", type=float, default=0.9)
     group = parser.add_argument_group("run")
     group.add_argument("--out", default="runs/byol", help="run folder")

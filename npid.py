@@ -200,7 +200,7 @@ def main(args):
     device = init(args.device)
     check_args(args)
     if args.nce_k < 1 or args.temperature <= 0 or not 0 <= args.bank_momentum < 1:
-        fail("--nce-k must be at least 1, --temperature greater than 0 and --bank-momentum in [0, 1)")
+        fail("--nce-k must be at least 1 (or --full-softmax), --temperature above 0, --bank-momentum in [0, 1)")
     torch.manual_seed(args.seed)
     amp, scaler, dtype = precision(args.precision, device)
 

@@ -38,7 +38,7 @@ from common.data import Loader, build, default_size
 from common.distributed import all_reduce, finish, gather, init, mean, parallel, rank, sync_batch_norm, world_size
 from common.knn import knn_monitor
 from common.log import Logger, Parser, check_args, describe, output_std, save_views
-from common.optim import LARS, cosine, full, param_groups, precision
+from common.optim import LARS, cosine, full, precision
 from common.resnet import resnet
 
 
@@ -67,6 +67,7 @@ def parse_args(argv=None):
     group.add_argument("--temperature", type=float, default=0.1, help="tau of the predictions")
     group.add_argument("--epsilon", type=float, default=0.05, help="entropy of the codes; 0.03 if stuck at chance")
     group.add_argument("--iterations", type=int, default=3, help="of Sinkhorn-Knopp")
+    group.add_argument("--color-strength", type=float, default=1.0, help="s of the colour jitter; 0.5 on small images")
     group.add_argument("--freeze-steps", type=int, help="first steps with fixed prototypes (default: one epoch)")
     group.add_argument("--queue", type=int, help="rows of earlier embeddings (default: 4096/3000 K - batch)")
     group.add_argument("--queue-epoch", type=int, default=15, help="fill the queue from this epoch on; used when full")
@@ -122,14 +123,14 @@ def code_sizes(prototypes, queue, batch, images):
 
 
 # ----------------------------------------------------------------------------------------------- augmentation
-def augmentation(crops, sizes, crop_min, crop_max, flip=0.5):
+def augmentation(crops, sizes, crop_min, crop_max, flip=0.5, strength=1.0):
     """Multi-crop: groups of random crops, alike but for size and scale, with SimCLR's distortions (official code)."""
     groups = [
         View(
             size=size,
             crop=(low, high),
             flip=flip,
-            jitter=(0.8, 0.8, 0.8, 0.2),
+            jitter=(0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength),
             jitter_p=0.8,
             gray_p=0.2,
             blur_p=0.5 if sizes[0] > 64 else 0.0,
@@ -236,7 +237,7 @@ def main(args):
 
     data = build(args.data, "train", args.train_list)
     val = build(args.data, "val", args.val_list, required=False)
-    views = augmentation(args.crops, args.sizes, args.crop_min, args.crop_max, args.flip)
+    views = augmentation(args.crops, args.sizes, args.crop_min, args.crop_max, args.flip, args.color_strength)
     settings = {"seed": args.seed, "workers": args.workers, "accum": args.accum, "max_bad": args.max_bad}
     loader = Loader(data, views, args.batch_size, device=device, dtype=dtype, **settings)
     total, warmup = args.epochs * loader.steps, args.warmup_epochs * loader.steps
@@ -248,7 +249,7 @@ def main(args):
     if args.init:
         init_from(args.init, model)
     peak = args.lr * (args.batch_size / 256) ** 0.75
-    optimizer = LARS(param_groups(model, args.weight_decay), lr=peak, momentum=args.momentum)
+    optimizer = LARS(model.parameters(), lr=peak, momentum=args.momentum, weight_decay=args.weight_decay)  # SwAV: all
     state = resume(args, len(data), model, optimizer, scaler)
     step = state["step"] if state else 0
     net = parallel(model)

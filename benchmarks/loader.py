@@ -15,12 +15,14 @@ Rows, all from the same files with equally many workers:
 Views: two (MoCo v2: 2 x 224), multicrop (SwAV: 2 x 224 and 6 x 96), one (MAE: 1 x 224, no colours, bicubic).
 Without --data it makes 200 photo-like JPEGs of 500 x 375 pixels and about 100 kB. Files are read from the page cache.
 Before timing, our crops must equal PIL's crop-then-resize for equal boxes. Repeats are interleaved, their order turns,
-and one unmeasured pass comes first; worker processes stay alive between passes.
+and one unmeasured pass comes first; worker processes stay alive between passes. CPU ms/image counts all processes and
+threads, and so says more than the clock on a machine that is busy with other things.
 """
 
 import argparse
 import concurrent.futures
 import importlib.util
+import multiprocessing
 import os
 import platform
 import random
@@ -147,6 +149,18 @@ def settle(device):
         torch.cuda.synchronize(device)
 
 
+def cpu_seconds():
+    """CPU time of this process and its worker processes so far; nan where there is no /proc."""
+    total = time.process_time()
+    for child in multiprocessing.active_children():
+        try:
+            fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return float("nan")
+        total += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return total
+
+
 def data_loader_pass(paths, transform, args, device):
     dataset = PilFiles(paths, transform)
     loader = torch.utils.data.DataLoader(
@@ -203,21 +217,23 @@ def measure(kind, dataset, args, device):
     runs["ours, all"] = our_pass(dataset, views, order, args, device, whole=True)
     runs["decode only"] = decode_pass(paths, args)
 
-    seconds = {name: [] for name in runs}
+    seconds, cpu = {name: [] for name in runs}, {name: [] for name in runs}
     names = list(runs)
     for repeat in range(args.repeats + 1):
         for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
-            clock = time.perf_counter()
+            clock, used = time.perf_counter(), cpu_seconds()
             runs[name](repeat)
             if repeat:  # the first pass starts processes and fills caches
                 seconds[name].append(time.perf_counter() - clock)
+                cpu[name].append(cpu_seconds() - used)
     speed = {name: sorted(args.images / s for s in times) for name, times in seconds.items()}
     middle = {name: statistics.median(values) for name, values in speed.items()}
-    print(f"{'':<16}{'images/s':>10}{'min - max':>16}{'x torchvision':>15}{'of decode only':>16}")
+    print(f"{'':<16}{'images/s':>10}{'min - max':>16}{'x torchvision':>15}{'of decode only':>16}{'CPU ms/image':>14}")
     for name, values in speed.items():
         print(
             f"{name:<16}{middle[name]:>10.0f}{f'{values[0]:.0f} - {values[-1]:.0f}':>16}"
-            f"{middle[name] / middle['torchvision']:>15.2f}{middle[name] / middle['decode only']:>16.0%}",
+            f"{middle[name] / middle['torchvision']:>15.2f}{middle[name] / middle['decode only']:>16.0%}"
+            f"{1000 * statistics.median(cpu[name]) / args.images:>14.2f}",
             flush=True,
         )
 

@@ -46,20 +46,21 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 
 def check_args(args):
     """Refuses values that no script can use: exit 2 and one line naming the flag."""
-    rules = {  # flag: (smallest allowed value, is the bound itself allowed)
-        **dict.fromkeys(["epochs", "batch_size", "accum", "log_every", "width", "lr"], (0, False)),
-        **dict.fromkeys(["workers", "max_steps", "warmup_epochs", "weight_decay", "momentum", "seed"], (0, True)),
-        **dict.fromkeys(["save_every", "knn_every", "max_bad"], (0, True)),
-        "image_size": (8, True),
-    }
+    positive = {"epochs", "batch_size", "accum", "log_every", "width", "lr", "crop_min", "temperature"}
+    positive |= {"dim", "hidden_dim", "pred_dim", "clusters", "prototypes"}
+    at_most_one = {"crop_min", "flip"}
     for name, value in vars(args).items():
         flag = "--" + name.replace("_", "-")
         if isinstance(value, float) and not math.isfinite(value):
             fail(f"{flag} must be a finite number, not {value}")
-        if name in rules and value is not None:
-            low, inclusive = rules[name]
-            if value < low or (value == low and not inclusive):
-                fail(f"{flag} must be {'at least' if inclusive else 'greater than'} {low}, not {value}")
+        if not isinstance(value, (int, float)):
+            continue
+        if value < 0 or (value == 0 and name in positive):
+            fail(f"{flag} must be {'greater than' if name in positive else 'at least'} 0, not {value}")
+        if name in at_most_one and value > 1:
+            fail(f"{flag} must be at most 1, not {value}")
+        if name == "image_size" and value < 8:
+            fail(f"{flag} must be at least 8, not {value}")
     if getattr(args, "momentum", 0) >= 1:
         fail(f"--momentum must be below 1, not {args.momentum}")
     if getattr(args, "warmup_epochs", 0) and args.warmup_epochs >= args.epochs:

@@ -25,8 +25,8 @@ def param_groups(module, weight_decay):
     ]
 
 
-def _parts(params, most=2**18):
-    """Splits a list of tensors into those that one foreach call takes: all of them on a GPU, where calls cost most; on a
+def _parts(params, most=2**20):
+    """Splits a list of tensors into what one foreach call takes: everything on a GPU, where the calls cost most; on a
     CPU up to `most` numbers, which stay in its cache from one operation to the next."""
     part, count = [], 0
     for p in params:

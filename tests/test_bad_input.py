@@ -29,6 +29,7 @@ CASES = {
     "zero epochs": (["--data", "fake:64", "--epochs", "0"], "--epochs"),
     "negative rate": (["--data", "fake:64", "--lr", "-1"], "--lr"),
     "infinite rate": (["--data", "fake:64", "--lr", "inf"], "--lr"),
+    "crop larger than the image": (["--data", "fake:64", "--flip", "1.5"], "--flip"),
     "negative workers": (["--data", "fake:64", "--workers", "-1"], "--workers"),
     "tiny images": (["--data", "fake:64", "--image-size", "4"], "--image-size"),
     "batch larger than data": (["--data", "fake:64", "--batch-size", "65"], "--batch-size"),

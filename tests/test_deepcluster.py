@@ -224,10 +224,11 @@ def test_features_are_clustered_in_eval_mode_without_augmentation(tmp_path, monk
     """What `cluster` gets are the features of the initial weights with running statistics, image by image, in order."""
     seen, cluster = [], deepcluster.cluster
     monkeypatch.setattr(deepcluster, "cluster", lambda f, *a: seen.append(f) or cluster(f, *a))
-    train("deepcluster", tmp_path, *FLAGS, "--max-steps", 1, "--image-size", 64)
+    flags = ["--data", "fake:16", "--image-size", 64, "--width", 0.25, "--clusters", 3]
+    train("deepcluster", tmp_path, *FLAGS, *flags, "--max-steps", 1)
     torch.manual_seed(3)
-    backbone = resnet("resnet18", 0.125, 64).eval()
-    images = torch.stack([Fake(64, 0)[i][0] for i in range(64)]).float() / 255
+    backbone = resnet("resnet18", 0.25, 64).eval()
+    images = torch.stack([Fake(16, 0)[i][0] for i in range(16)]).float() / 255
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     with torch.no_grad():
         expected = backbone((images - mean.view(3, 1, 1)) / std.view(3, 1, 1))

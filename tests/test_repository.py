@@ -28,9 +28,15 @@ def common_share(a, b):
     return sum(block.size for block in blocks) / min(len(a), len(b))
 
 
-@pytest.mark.parametrize("a, b", itertools.combinations(SCRIPTS, 2))
-def test_siblings_share_most_of_their_lines(a, b):
-    assert common_share(a, b) >= 0.6
+@pytest.mark.parametrize("script", [s for s in SCRIPTS if s != "simsiam"])
+def test_siblings_share_most_of_their_lines(script):
+    """simsiam.py is what the others were copied from: a diff with it shows the idea and little else."""
+    assert common_share("simsiam", script) >= 0.6
+
+
+@pytest.mark.parametrize("a, b", list(itertools.combinations(["simsiam", "simclr", "byol", "moco", "barlowtwins"], 2)))
+def test_siamese_methods_stay_close(a, b):
+    assert common_share(a, b) >= 0.5
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -70,7 +76,7 @@ def documents():
     yield from (ROOT / name for name in ["README.md", *(p.name for p in ROOT.glob("*.py"))])
 
 
-@pytest.mark.parametrize("path", documents(), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", list(documents()), ids=lambda p: p.name)
 def test_documented_commands_parse(path):
     for command in commands(path.read_text()):
         script, *words = shlex.split(command.split("  #")[0].split("#")[0])
