@@ -1,5 +1,4 @@
-"""SwAV: Unsupervised Learning of Visual Features by Contrasting Cluster Assignments (Caron et al., NeurIPS 2020,
-arXiv 2006.09882).
+"""SwAV: Unsupervised Learning of Visual Features by Contrasting Cluster Assignments (Caron et al. 2020, 2006.09882).
 
 Two crops of each image are assigned to K prototypes c such that all prototypes serve equally often (Sinkhorn-Knopp);
 every other crop, large or small, has to predict these codes q from its own similarities to the prototypes:
@@ -7,20 +6,22 @@ L = mean over code crops i = 1, 2 and crops v != i of  -sum_k q_i[k] log softmax
 
     torchrun --nproc_per_node=8 swav.py --data /imagenet
     torchrun --nproc_per_node=8 swav.py --data /imagenet --batch-size 256 --warmup-epochs 0 --epochs 200
-    python swav.py --data digits --arch resnet18 --width 0.25 --batch-size 64 --warmup-epochs 1 --epochs 40 --flip 0
+    python swav.py --data digits --arch resnet18 --width 0.25 --batch-size 64 --epochs 40 --flip 0 --lr 3 \
+        --epsilon 0.03 --color-strength 0 --crop-min 0.3
 
-Published, ResNet-50 on ImageNet, linear top-1 (official README): 75.3 / 74.6 / 73.9 / 72.1 after 800 / 400 / 200 / 100
-epochs with batch 4096, 72.7 / 74.3 after 200 / 400 with 256; 70.1 after 400 with two crops only. 70.5 in MMSelfSup
-(200 epochs, batch 256). Ours: not run.
+Published, ResNet-50 on ImageNet, linear top-1 (official README): 75.3/74.6/73.9/72.1 after 800/400/200/100 epochs at
+batch 4096, 72.7/74.3 after 200/400 at 256, 70.1 after 400 with two crops; MMSelfSup: 70.5 (200, at 256). Ours: not run.
 
 Crops come in groups: --crops 2 6 --sizes 224 96 --crop-min 0.14 0.05 --crop-max 1 0.14 is the default; --crops 2 alone
-means two crops of --image-size covering 0.08 to 1 of the image. Small images (32 px; solo-learn: 89.17 on CIFAR-10):
---image-size 32 --arch resnet18 --batch-size 256 --epochs 1000; 100 to 500 prototypes if the run is short. Equal use
-asks little of far fewer samples than prototypes: by default batch + queue are 4096/3000 K, as in both official recipes.
+means two crops of --image-size covering 0.08 to 1 of the image. Equal use asks little of far fewer samples than
+prototypes: by default batch + queue are 4096/3000 K, as in both official recipes.
+Small images (32 px; solo-learn: 89.17 on CIFAR-10): --image-size 32 --arch resnet18 --batch-size 256 --epochs 1000. A
+constant output (loss ln K) is left only along directions of z whose correlation between crops exceeds epsilon / T:
+short runs want --epsilon 0.03 --color-strength 0.5 --crop-min 0.2 --lr 3 and 100 to 500 prototypes.
 
-Deviations from the official code: biases and norm parameters get neither decay nor layer-wise rates; batch-norm
-statistics span all processes (there: 8); cosines stay in single precision; std .229 as everywhere else (there: .228);
-one global queue, whatever the number of processes; images of at most 64 pixels are not blurred and get a 3x3 stem.
+Deviations from the official code: batch-norm statistics span all processes (there: 8); cosines stay in single
+precision; std .229 as everywhere else (there: .228); one global queue, whatever the number of processes; images of at
+most 64 pixels are not blurred and get a 3x3 stem.
 To hack: copy this file. What is SwAV: the sections augmentation, model and loss, and the lines marked in main.
 """
 
@@ -115,11 +116,9 @@ def parse_args(argv=None):
 def code_sizes(prototypes, queue, batch, images):
     """Prototypes and queue rows; None becomes at most 3000 and a tenth of the images, and as many whole batches as
     bring batch + queue to 4096/3000 of the prototypes: 3840 at batch 256, none at 4096, as in the official recipes."""
-    if prototypes is None:
-        prototypes = max(2, min(3000, images // 10))
-    if queue is None:
-        queue = max(0, min(prototypes * 4096 // 3000, images) - batch) // batch * batch
-    return prototypes, queue
+    prototypes = max(2, min(3000, images // 10)) if prototypes is None else prototypes
+    rows = max(0, min(prototypes * 4096 // 3000, images) - batch) // batch * batch
+    return prototypes, rows if queue is None else queue
 
 
 # ----------------------------------------------------------------------------------------------- augmentation

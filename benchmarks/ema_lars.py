@@ -86,16 +86,16 @@ def machine(device):
     return f"machine: {model}, {threads}, {platform.system()}, torch {torch.__version__}"
 
 
-def compare(jobs, base, repeats, device):
+def compare(jobs, base, repeats, device, clock):
     """jobs: {name: function}. Interleaved repeats, and a table of medians."""
     times, order = {name: [] for name in jobs}, list(jobs)
     for _ in range(repeats):
         for name in order:
             torch.cuda.synchronize() if device.type == "cuda" else None
-            began = time.perf_counter()
+            began = clock()
             jobs[name]()
             torch.cuda.synchronize() if device.type == "cuda" else None
-            times[name].append(time.perf_counter() - began)
+            times[name].append(clock() - began)
         order = order[1:] + order[:1]
     print(f"\n{'':32}{'median ms':>10}{'min-max ms':>18}  speed relative to {base}")
     for name, values in times.items():
@@ -119,26 +119,18 @@ def parameters(seed, device):
     return [p.detach().to(device).requires_grad_() for p in model.parameters()]
 
 
-def main():
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--device", default="cpu")
-    args = parser.parse_args()
-    device = torch.device(args.device)
-
-    print(machine(device))
-    online = parameters(0, device)
-    print(f"ResNet-50: {len(online)} tensors, {sum(p.numel() for p in online) / 1e6:.1f} M numbers")
-    jobs, targets = {}, {}
+def averages(args, device, clock):
+    online, jobs, targets = parameters(0, device), {}, {}
     for function in (foreach_lerp, mul_add, formula):
         target = targets[function] = [p.detach() for p in parameters(1, device)]
         function(target, online, 0.99)  # also warms up
         jobs[function.__name__] = lambda function=function, target=target: function(target, online, 0.99)
     for function in (mul_add, formula):
         check(function.__name__, targets[foreach_lerp], targets[function])
-    compare(jobs, "mul_add", args.repeats, device)
+    compare(jobs, "mul_add", args.repeats, device, clock)
 
+
+def lars(args, device, clock):
     jobs, weights = {}, {}
     for name, optimizer_class in (("common.optim.LARS", LARS), ("loop over tensors", LoopLARS)):
         params = weights[name] = parameters(0, device)
@@ -153,9 +145,27 @@ def main():
         for _ in range(3):
             optimizer.step()
         jobs[name] = optimizer.step
-    print()
     check("loop over tensors", weights["common.optim.LARS"], weights["loop over tensors"])
-    compare(jobs, "loop over tensors", args.repeats, device)
+    compare(jobs, "loop over tensors", args.repeats, device, clock)
+
+
+def main():
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--cpu-time", action="store_true", help="time spent computing, for a machine with other work")
+    args = parser.parse_args()
+    clock = time.process_time if args.cpu_time else time.perf_counter
+
+    device = torch.device(args.device)
+    print(machine(device))
+    tensors = parameters(0, device)
+    print(f"ResNet-50: {len(tensors)} tensors, {sum(p.numel() for p in tensors) / 1e6:.1f} M numbers")
+    del tensors
+    lars(args, device, clock)
+    print()
+    averages(args, device, clock)
 
 
 if __name__ == "__main__":

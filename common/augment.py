@@ -136,7 +136,8 @@ def plan(view, u):
 
 # ------------------------------------------------------------------------------------------- cropping (CPU, uint8)
 def crop_resize(image, box, size, interpolation="bilinear"):
-    """uint8 (3, H, W) -> uint8 (3, size, size): PIL's crop-then-resize within one grey level, antialiased.
+    """uint8 (3, H, W) -> uint8 (3, size, size): PIL's crop-then-resize within one grey level, antialiased (bicubic:
+    but for one value in some thousands, at edges where it overshoots).
 
     Sliced as (1, H, W, 3), the crop of a decoded image is recognised as channels-last, which halves the time: torch's
     uint8 kernel then reads and writes whole pixels.

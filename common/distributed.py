@@ -7,6 +7,7 @@ averages gradients over processes. With `gather` and `all_reduce` below, whose b
 processes, the result is exactly the gradient of the mean loss over the global batch.
 """
 
+import inspect
 import os
 
 import torch
@@ -182,4 +183,7 @@ def parallel(model):
         return model
     device = next(model.parameters()).device
     ids = [device.index] if device.type == "cuda" else None
-    return nn.parallel.DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+    wrapper = nn.parallel.DistributedDataParallel
+    # Buffers agree anyway, or are meant to differ. torch 2.13 gave the flag another name.
+    new = "forward_sync_buffers" in inspect.signature(wrapper).parameters
+    return wrapper(model, device_ids=ids, **{"forward_sync_buffers" if new else "broadcast_buffers": False})

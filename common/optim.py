@@ -68,7 +68,11 @@ class LARS(torch.optim.Optimizer):
                 if group["adapt"]:
                     weights, updates = (torch.stack(torch._foreach_norm(tensors)) for tensors in (params, grads))
                     ratio = torch.where((weights > 0) & (updates > 0), group["trust"] * weights / updates, 1.0)
-                    torch._foreach_addcmul_(buffers, grads, list(ratio.unbind()))
+                    if ratio.device.type == "cpu":  # reading numbers costs nothing there, and spares a broadcast
+                        for buffer, grad, factor in zip(buffers, grads, ratio.tolist(), strict=True):
+                            buffer.add_(grad, alpha=factor)
+                    else:
+                        torch._foreach_addcmul_(buffers, grads, list(ratio.unbind()))
                 else:
                     torch._foreach_add_(buffers, grads)
                 torch._foreach_add_(params, buffers, alpha=-group["lr"])

@@ -25,9 +25,12 @@ SHARED += " --precision bf16 --workers 2 --log-every 39 --seed 0 --no-resume"
 RECIPES = {
     "simsiam": "--lr 0.24 --weight-decay 5e-4 --dim 512 --pred-dim 128",
     "simclr": "--lr 1 --lr-rule sqrt --warmup-epochs 1 --temperature 0.2 --color-strength 0.5",
-    "byol": "--hidden-dim 512 --dim 128 --optimizer sgd --lr 0.12 --weight-decay 5e-4 --tau 0.99 --warmup-epochs 1",
+    "byol": "--optimizer sgd --lr 0.4 --weight-decay 5e-4 --tau 0.99 --hidden-dim 512 --warmup-epochs 1",
     "moco": "--lr 0.12 --weight-decay 5e-4 --crop-min 0.2 --temperature 0.1 --queue 4096 --key-momentum 0.99",
     "barlowtwins": "--dim 512 --lambd 0.005 --warmup-epochs 1 --lr 1 --lr-biases 0.024",
+    "swav": "--prototypes 256 --epsilon 0.03 --color-strength 0.5 --crop-min 0.2 --lr 3 --warmup-epochs 1",
+    "deepcluster": "--lr 0.4",
+    "odc": "--lr 0.24",
     "npid": "--full-softmax --temperature 0.1 --lr 0.12 --weight-decay 5e-4",
 }
 

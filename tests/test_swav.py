@@ -157,6 +157,22 @@ def test_no_gradient_into_codes():
     assert codes.grad is None and (scores.grad != 0).all()
 
 
+@pytest.mark.parametrize("epsilon", [0.05, 0.03])
+@pytest.mark.parametrize("above", [False, True])
+def test_a_constant_output_is_left_where_crops_correlate_more_than_epsilon_over_t(epsilon, above):
+    """The docstring's rule for short runs: deviations that two crops share to this degree grow, others shrink."""
+    generator = torch.Generator().manual_seed(0)
+    shared, *own = torch.randn(3, 1000, 20, generator=generator, dtype=torch.float64)
+    rho = epsilon / 0.1 + (0.08 if above else -0.08)
+    deviations = torch.stack([rho**0.5 * shared + (1 - rho) ** 0.5 * noise for noise in own])
+    deviations -= deviations.mean(1, keepdim=True)
+    scale = torch.tensor(1e-4, dtype=torch.float64, requires_grad=True)
+    scores = scale * deviations
+    codes = torch.stack([sinkhorn(s, epsilon, 3) for s in scores.detach()])
+    swav_loss(scores, codes, 0.1).backward()
+    assert (scale.grad < 0) == above
+
+
 # ---- model and multi-crop ----
 
 
@@ -199,6 +215,8 @@ def test_views_are_those_of_the_paper():
     for v in views:
         assert (v.jitter, v.jitter_p, v.gray_p, v.flip) == ((0.8, 0.8, 0.8, 0.2), 0.8, 0.2, 0.5)
         assert (v.blur_p, v.blur_sigma, v.std, v.solarize_p) == (0.5, (0.1, 2.0), IMAGENET_STD, 0.0)
+    weak = augmentation(args.crops, args.sizes, args.crop_min, args.crop_max, args.flip, strength=0.5)
+    assert {v.jitter for v in weak} == {(0.4, 0.4, 0.4, 0.1)}
     assert (args.batch_size, args.lr, args.epochs, args.warmup_epochs) == (4096, 0.6, 800, 10)
     assert (args.temperature, args.epsilon, args.iterations, args.weight_decay) == (0.1, 0.05, 3, 1e-6)
 
@@ -354,6 +372,14 @@ def test_learning_rate_rule(watched):
     down = peak * (0.001 + 0.999 * 0.5 * (1 + np.cos(np.pi * np.arange(4) / 4)))
     assert rates == pytest.approx([*up, *down], rel=1e-12)
     assert 0.6 * (4096 / 256) ** 0.75 == pytest.approx(4.8, rel=1e-12)
+
+
+def test_every_parameter_gets_decay_and_layer_wise_rates(watched):
+    """As in the official code; a projector's bias that takes plain steps moves all embeddings to one point."""
+    (group,) = watched["state"]["optimizer"]["param_groups"]
+    assert group["adapt"] and group["weight_decay"] == 1e-6 and group["momentum"] == 0.9
+    model = SwAV(resnet("resnet18", 0.125, 16), 8, 16, 8)
+    assert len(group["params"]) == len(list(model.parameters()))
 
 
 def test_prototypes_are_frozen_at_first_and_unit_afterwards(tmp_path):
