@@ -86,15 +86,15 @@ def machine(device):
     return f"machine: {model}, {threads}, {platform.system()}, torch {torch.__version__}"
 
 
-def compare(jobs, base, repeats, device, clock):
+def compare(jobs, base, args, clock):
     """jobs: {name: function}. Interleaved repeats, and a table of medians."""
     times, order = {name: [] for name in jobs}, list(jobs)
-    for _ in range(repeats):
+    for _ in range(args.repeats):
         for name in order:
-            torch.cuda.synchronize() if device.type == "cuda" else None
+            torch.cuda.synchronize() if args.device.type == "cuda" else None
             began = clock()
             jobs[name]()
-            torch.cuda.synchronize() if device.type == "cuda" else None
+            torch.cuda.synchronize() if args.device.type == "cuda" else None
             times[name].append(clock() - began)
         order = order[1:] + order[:1]
     print(f"\n{'':32}{'median ms':>10}{'min-max ms':>18}  speed relative to {base}")
@@ -112,31 +112,31 @@ def check(name, ours, theirs):
         sys.exit(f"error: {name} and ours disagree: their times would not compare")
 
 
-def parameters(seed, device):
+def parameters(seed, args):
     torch.manual_seed(seed)
-    model = resnet("resnet50")
-    model.fc = torch.nn.Linear(model.dim, 1000)  # as in the figures that others give: 161 tensors
-    return [p.detach().to(device).requires_grad_() for p in model.parameters()]
+    model = resnet("resnet50", args.width)
+    model.fc = torch.nn.Linear(model.dim, 1000)  # torchvision's 161 tensors
+    return [p.detach().to(args.device).requires_grad_() for p in model.parameters()]
 
 
-def averages(args, device, clock):
-    online, jobs, targets = parameters(0, device), {}, {}
+def averages(args, clock):
+    online, jobs, targets = parameters(0, args), {}, {}
     for function in (foreach_lerp, mul_add, formula):
-        target = targets[function] = [p.detach() for p in parameters(1, device)]
+        target = targets[function] = [p.detach() for p in parameters(1, args)]
         function(target, online, 0.99)  # also warms up
         jobs[function.__name__] = lambda function=function, target=target: function(target, online, 0.99)
     for function in (mul_add, formula):
         check(function.__name__, targets[foreach_lerp], targets[function])
-    compare(jobs, "mul_add", args.repeats, device, clock)
+    compare(jobs, "mul_add", args, clock)
 
 
-def lars(args, device, clock):
+def lars(args, clock):
     jobs, weights = {}, {}
     for name, optimizer_class in (("common.optim.LARS", LARS), ("loop over tensors", LoopLARS)):
-        params = weights[name] = parameters(0, device)
+        params = weights[name] = parameters(0, args)
         torch.manual_seed(2)
         for p in params:
-            p.grad = torch.randn(p.shape).to(device).mul_(0.01)
+            p.grad = torch.randn(p.shape).to(args.device).mul_(0.01)
         groups = [
             {"params": [p for p in params if p.ndim > 1], "weight_decay": 1e-6, "adapt": True},
             {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0, "adapt": False},
@@ -146,26 +146,28 @@ def lars(args, device, clock):
             optimizer.step()
         jobs[name] = optimizer.step
     check("loop over tensors", weights["common.optim.LARS"], weights["loop over tensors"])
-    compare(jobs, "loop over tensors", args.repeats, device, clock)
+    compare(jobs, "loop over tensors", args, clock)
 
 
 def main():
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--width", type=float, default=1.0, help="multiplier of the channels")
+    parser.add_argument("--device", type=torch.device, default="cpu")
     parser.add_argument("--cpu-time", action="store_true", help="time spent computing, for a machine with other work")
     args = parser.parse_args()
     clock = time.process_time if args.cpu_time else time.perf_counter
 
-    device = torch.device(args.device)
-    print(machine(device))
-    tensors = parameters(0, device)
-    print(f"ResNet-50: {len(tensors)} tensors, {sum(p.numel() for p in tensors) / 1e6:.1f} M numbers")
+    print(machine(args.device))
+    tensors = parameters(0, args)
+    print(
+        f"ResNet-50, width {args.width}: {len(tensors)} tensors, {sum(p.numel() for p in tensors) / 1e6:.1f} M numbers"
+    )
     del tensors
-    lars(args, device, clock)
+    lars(args, clock)
     print()
-    averages(args, device, clock)
+    averages(args, clock)
 
 
 if __name__ == "__main__":

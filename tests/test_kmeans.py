@@ -235,7 +235,6 @@ def test_number_of_threads_changes_nothing(monkeypatch):
     x = blobs(300, 6, 9, torch.float32, spread=1.5).repeat(2, 1)  # every row twice: centroids that tie
     start = torch.cat([x[:10], x[:10]])
     few = kmeans(x, 20, 0, centroids=start)
-    assert few.assignments.max() < 10  # the first of equals
     monkeypatch.setattr(torch, "get_num_threads", lambda: 64)  # PyTorch's argmax instead of NumPy's
     assert torch.equal(kmeans(x, 20, 0, centroids=start).assignments, few.assignments)
 

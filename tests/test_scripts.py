@@ -1,6 +1,7 @@
 """Every pre-training script as a user runs it: one process against two, interrupted against not, and its files."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +34,16 @@ def test_two_processes_equal_one(script, two_processes, tmp_path):
     assert a.keys() == b.keys()
     for name in a:
         torch.testing.assert_close(a[name], b[name], atol=1e-8, rtol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_two_processes_continued_by_one(script, two_processes, tmp_path):
+    """Five steps by two processes and three by one: step 5 is the first of the second epoch of four."""
+    shutil.copytree(two_processes[script], tmp_path / "two")
+    one = tensors(train(script, tmp_path / "one", *EXACT, "--max-steps", "8"))
+    rest = tensors(train(script, tmp_path / "two", *EXACT, "--max-steps", "8"))
+    for name in one:
+        torch.testing.assert_close(one[name], rest[name], atol=1e-8, rtol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
