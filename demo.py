@@ -94,6 +94,7 @@ def picture(path, views, test, neighbours, test_labels, train_labels):
 
 
 def main(args):
+    torch.set_num_threads(1)  # layers this narrow gain little from a second thread, and lose much on a busy machine
     simclr.main(simclr.parse_args([*TRAIN.split(), "--epochs", str(args.epochs), "--no-resume"]))
 
     view = EvalView(SIZE, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))

@@ -64,17 +64,17 @@ class LARS(torch.optim.Optimizer):
                 grads = [p.grad for p in params]
                 if group["weight_decay"]:
                     grads = torch._foreach_add(grads, params, alpha=group["weight_decay"])
-                torch._foreach_mul_(buffers, group["momentum"])
                 if group["adapt"]:
                     weights, updates = (torch.stack(torch._foreach_norm(tensors)) for tensors in (params, grads))
                     ratio = torch.where((weights > 0) & (updates > 0), group["trust"] * weights / updates, 1.0)
-                    if ratio.device.type == "cpu":  # reading numbers costs nothing there, and spares a broadcast
-                        for buffer, grad, factor in zip(buffers, grads, ratio.tolist(), strict=True):
-                            buffer.add_(grad, alpha=factor)
-                    else:
-                        torch._foreach_addcmul_(buffers, grads, list(ratio.unbind()))
-                else:
+                torch._foreach_mul_(buffers, group["momentum"])
+                if not group["adapt"]:
                     torch._foreach_add_(buffers, grads)
+                elif ratio.device.type == "cpu":  # reading numbers costs nothing there, and spares a broadcast
+                    for buffer, grad, factor in zip(buffers, grads, ratio.tolist(), strict=True):
+                        buffer.add_(grad, alpha=factor)
+                else:
+                    torch._foreach_addcmul_(buffers, grads, list(ratio.unbind()))
                 torch._foreach_add_(params, buffers, alpha=-group["lr"])
 
 
