@@ -28,7 +28,7 @@ OUT = Path("runs/demo")
 SIZE = 16
 TRAIN = f"--data digits --image-size {SIZE} --arch resnet18 --width 0.25 --flip 0 --crop-min 0.3 --batch-size 128"
 TRAIN += " --lr 1 --lr-rule sqrt --warmup-epochs 2 --temperature 0.25 --color-strength 0.5 --workers 2"
-TRAIN += f" --log-every 55 --knn-every 10 --out {OUT}"
+TRAIN += f" --log-every 55 --knn-every 30 --out {OUT}"
 
 
 def parse_args(argv=None):
