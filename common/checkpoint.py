@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from common.distributed import barrier, is_main, print0
-from common.log import fail
+from common.log import fail, plain
 from common.resnet import resnet
 
 # Flags that may change between a run and its continuation: none of them alters what is learned.
@@ -52,9 +52,8 @@ def save_run(args, step, images, model, optimizer, scaler, backbone, recipe, **m
         "mean": list(recipe.mean),
         "std": list(recipe.std),
     }
-    plain = {k: v if isinstance(v, (int, float, str, type(None))) else str(v) for k, v in vars(args).items()}
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-    state |= {"step": step, "images": images, "args": plain, "meta": meta, **more}
+    state |= {"step": step, "images": images, "args": plain(args), "meta": meta, **more}
     state["backbone_prefix"] = next(n + "." for n, m in model.named_modules() if m is backbone)
     save(Path(args.out) / "last.pt", state)
     save(Path(args.out) / "backbone.pt", {"backbone": backbone.state_dict(), "step": step, "meta": meta})
@@ -75,7 +74,7 @@ def resume(args, images, model, optimizer, scaler):
         fail(
             f"--out {args.out}: last.pt is not the state of a run; choose another --out, or --no-resume to overwrite it"
         )
-    now = {k: v if isinstance(v, (int, float, str, type(None))) else str(v) for k, v in vars(args).items()}
+    now = plain(args)
     names = sorted((now.keys() | state["args"].keys()) - RUN_FLAGS)
     differences = [
         f"--{n.replace('_', '-')} was {state['args'].get(n)}, is {now.get(n)}"

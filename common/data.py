@@ -25,7 +25,7 @@ from common.log import fail
 
 try:
     from torchvision.io import ImageReadMode, decode_jpeg
-except ImportError:  # torchvision means to drop its decoders one day; PIL reads the same files, 1.2 times slower
+except ImportError:  # torchvision means to drop its decoders one day; PIL reads the same files
     decode_jpeg = None
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")

@@ -73,6 +73,11 @@ def check_args(args):
         )
 
 
+def plain(args):
+    """The arguments as a dictionary of what a checkpoint and JSON can hold."""
+    return {k: v if isinstance(v, (int, float, str, type(None))) else str(v) for k, v in vars(args).items()}
+
+
 class Stop:
     """Turns SIGTERM and SIGINT into a request to finish the step, save and exit with code 75."""
 
@@ -133,7 +138,7 @@ class Logger:
         shutil.copy(sys.argv[0], args.out) if sys.argv[0].endswith(".py") and Path(sys.argv[0]).exists() else None
         self._write(
             command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            args={k: v if isinstance(v, (int, float, str, type(None))) else str(v) for k, v in vars(args).items()},
+            args=plain(args),
             versions={
                 "python": sys.version.split()[0],
                 "torch": torch.__version__,

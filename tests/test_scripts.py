@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -61,7 +60,7 @@ def test_resumed_run_equals_uninterrupted_bit_for_bit(script, tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_accumulation_sees_the_same_images_and_learning_rate(script, tmp_path):
+def test_accumulation_keeps_steps_and_learning_rate(script, tmp_path):
     train(script, tmp_path / "a", "--max-steps", "2")
     train(script, tmp_path / "b", "--max-steps", "2", "--accum", "2")
     a, b = records(tmp_path / "a"), records(tmp_path / "b")
@@ -106,9 +105,8 @@ def test_terminated_run_saves_and_continues(tmp_path):
     assert sorted(records(tmp_path)) == list(range(1, stopped + 3))
 
 
-def test_losses_do_not_depend_on_time(tmp_path):
+def test_loading_threads_change_nothing(tmp_path):
     """Two runs of one command agree bit for bit, whatever the number of loading threads."""
     a = tensors(train("simsiam", tmp_path / "a", "--max-steps", 3, "--workers", 0))
-    time.sleep(0.1)
     b = tensors(train("simsiam", tmp_path / "b", "--max-steps", 3, "--workers", 3))
     assert [n for n in a if not torch.equal(a[n], b[n]) and "workers" not in n] == []
