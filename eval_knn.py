@@ -12,19 +12,17 @@ Prints top-1 and top-5 for every k, the figure of raw pixels for images of at mo
 JSON object, which is also written to eval_knn.json beside the checkpoint (or in --out).
 """
 
-import json
 import sys
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from common.augment import EvalView
 from common.checkpoint import load_backbone
-from common.data import build, default_size
-from common.distributed import finish, init, is_main, print0
+from common.data import default_size, labelled
+from common.distributed import finish, init, print0
 from common.knn import extract, knn
-from common.log import Parser, check_args, fail
+from common.log import Parser, check_args, report
 from common.optim import precision
 
 
@@ -72,15 +70,7 @@ def main(args):
     size = meta["image_size"]
     view = EvalView(size, mean=tuple(meta["mean"]), std=tuple(meta["std"]))
 
-    train, test = build(args.data, "train", args.train_list), build(args.data, "val", args.val_list)
-    for split, dataset in (("training", train), ("test", test)):
-        if dataset.labels is None:
-            fail(
-                f"--data {args.data}: the {split} images have no labels, which k-NN needs (class folders or list files)"
-            )
-    if train.classes and test.classes and train.classes != test.classes:
-        odd = sorted(set(train.classes) ^ set(test.classes))[:5]
-        fail(f"--data {args.data}: train and val have different classes ({', '.join(odd)} ...)")
+    train, test = labelled(args.data, args.train_list, args.val_list)
     print0(
         f"data        {args.data}: {len(train):,} training, {len(test):,} test images, {size} px, T {args.temperature}"
     )
@@ -102,13 +92,7 @@ def main(args):
     result["knn"] = evaluate(backbone, "features")
     if size <= 64:
         result["pixels"] = evaluate(Pixels(size), "raw pixels")
-    if is_main():
-        default = "runs/random" if args.pretrained == "random" else Path(args.pretrained).parent
-        out = Path(args.out or default)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "eval_knn.tmp").write_text(json.dumps(result, indent=1) + "\n")
-        (out / "eval_knn.tmp").replace(out / "eval_knn.json")
-    print0(json.dumps(result))
+    report(args, "knn", result)
     finish()
     return result
 

@@ -51,6 +51,7 @@ def save_run(args, step, images, model, optimizer, scaler, backbone, recipe, **m
         "image_size": args.image_size,
         "mean": list(recipe.mean),
         "std": list(recipe.std),
+        **getattr(backbone, "config", {}),  # whatever else the architecture needs to be built again
     }
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
     state |= {"step": step, "images": images, "args": plain(args), "meta": meta, **more}

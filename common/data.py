@@ -191,6 +191,21 @@ def build(data, split, image_list=None, required=True):
     return _from_folder(found or root, labelled=found is not None)
 
 
+def labelled(data, train_list=None, val_list=None):
+    """Training and test set of an evaluation: (train, val). Ends the program if labels are missing or do not agree."""
+    train, val = build(data, "train", train_list), build(data, "val", val_list)
+    for split, flag, dataset in (("training", "--train-list", train), ("test", "--val-list", val)):
+        if dataset.labels is None:
+            fail(f"--data {data}: the {split} images have no labels (put them in class folders, or give {flag})")
+    if train.classes and val.classes and train.classes != val.classes:
+        odd = sorted(set(train.classes) ^ set(val.classes))[:5]
+        fail(f"--data {data}: train and val have different classes ({', '.join(odd)} ...)")
+    unseen = sorted(set(map(int, val.labels)) - set(map(int, train.labels)))
+    if unseen:
+        fail(f"--data {data}: test labels that no training image has: {', '.join(map(str, unseen[:5]))}")
+    return train, val
+
+
 def _scan(folder, prefix=""):
     """Relative paths of all images below a folder, sorted; links to folders are followed once."""
     images, folders = [], []

@@ -238,6 +238,21 @@ class Logger:
             self.bar.close()
 
 
+def report(args, name, result):
+    """The end of an evaluation: writes `<out>/eval_<name>.json` and prints the result as the last line, as JSON.
+
+    args: the script's arguments; the folder is args.out, else that of args.pretrained (runs/random for "random").
+    """
+    if not is_main():
+        return
+    out = Path(args.out or ("runs/random" if str(args.pretrained) == "random" else Path(args.pretrained).parent))
+    out.mkdir(parents=True, exist_ok=True)
+    temporary = out / f"eval_{name}.tmp"
+    temporary.write_text(json.dumps(result, indent=1) + "\n")
+    temporary.replace(out / f"eval_{name}.json")
+    print(json.dumps(result), flush=True)
+
+
 def output_std(z):
     """Collapse monitor: the standard deviation of the normalised outputs (B, D) over the batch, averaged over
     dimensions, times sqrt(D). 1: spread evenly over the sphere; 0: all images give the same output."""
