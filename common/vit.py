@@ -1,0 +1,240 @@
+"""Vision transformers (Dosovitskiy et al. 2021) with timm's key names, for masked and for interpolated tokens.
+
+Pre-norm blocks, biases everywhere, exact GELU, LayerNorm of eps 1e-6, no dropout. Linear layers and the patch embedding
+start uniform after Glorot, biases at zero.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from common.log import fail
+
+# dim, depth, heads, patch size. Heads do not show in the shapes of a checkpoint: the small one has 6 here (timm, DeiT),
+# while some published weights of the same shapes were trained with 12 heads and mean something else with 6.
+ARCHS = {
+    "vit_tiny": (192, 12, 3, 16),
+    "vit_small": (384, 12, 6, 16),
+    "vit_base": (768, 12, 12, 16),
+    "vit_large": (1024, 24, 16, 16),
+    "vit_huge": (1280, 32, 16, 14),
+}
+POSITIONS = ("sincos-xy", "sincos-yx", "learned")
+
+
+def sincos(dim, grid, order="xy"):
+    """Fixed positions of patches in a grid (rows, columns): float64 (rows * columns, dim), row by row.
+
+    Half of the dimensions encode the column x and half the row y, in this order for "xy", the other way round for "yx":
+    published weights come in both. Each half: sin(p w_i), then cos(p w_i), w_i = 10000^(-i / (dim/4)), i < dim/4.
+    """
+    omega = 10000.0 ** (-np.arange(dim // 4) / (dim / 4))
+    y, x = np.divmod(np.arange(grid[0] * grid[1]), grid[1])
+    first, second = (x, y) if order == "xy" else (y, x)
+    parts = [f(p[:, None] * omega) for p in (first, second) for f in (np.sin, np.cos)]
+    return torch.from_numpy(np.concatenate(parts, 1))
+
+
+def resize_positions(table, old, new):
+    """Positions (1, 1 + rows * columns, dim) of a grid `old`, the class token's first, for a grid `new`: bicubic."""
+    if tuple(old) == tuple(new):
+        return table
+    extra, patches = table[:, :1], table[:, 1:]
+    maps = patches.reshape(1, *old, -1).permute(0, 3, 1, 2)
+    maps = F.interpolate(maps, tuple(new), mode="bicubic", align_corners=False)
+    return torch.cat([extra, maps.permute(0, 2, 3, 1).flatten(1, 2)], 1)
+
+
+def path_factors(u, rate):
+    """Stochastic depth (Huang et al. 2016): what each branch of each block is multiplied with, for every sample.
+
+    u: uniforms (B, 2 depth), two per block. A branch of block i is dropped (factor 0) with a probability that rises
+    linearly from 0 at the first block to `rate` at the last, and counts 1 / (1 - p) otherwise. Returns (2 depth, B).
+    """
+    depth = u.shape[1] // 2
+    p = torch.arange(depth, dtype=u.dtype, device=u.device).mul_(rate / max(1, depth - 1)).repeat_interleave(2)
+    return ((u >= p).to(u.dtype) / (1 - p)).T
+
+
+class PatchEmbed(nn.Module):
+    """(B, 3, H, W) -> patch tokens (B, H/P * W/P, dim), row by row."""
+
+    def __init__(self, patch_size, dim):
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, patch_size, stride=patch_size)
+
+    def forward(self, x):
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel (Touvron et al. 2021, CaiT)."""
+
+    def __init__(self, dim, value):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), float(value)))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x)). paths: None, or factors of the two branches (2, B)."""
+
+    def __init__(self, dim, heads, mlp_ratio=4, layer_scale=0.0):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.ls1 = LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim, int(dim * mlp_ratio))
+        self.ls2 = LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
+
+    def forward(self, x, paths=None):
+        first, second = (1, 1) if paths is None else paths.to(x.dtype)[:, :, None, None]
+        x = x + first * self.ls1(self.attn(self.norm1(x)))
+        return x + second * self.ls2(self.mlp(self.norm2(x)))
+
+
+class ViT(nn.Module):
+    """Images (B, 3, H, W) -> features (B, dim).
+
+    image_size: pixels, or (height, width), for which the positions are made; other sizes interpolate them. positions:
+    fixed sines and cosines in either order, or learned. pool: "cls" takes the class token after the final norm, "mean"
+    the mean of the patch tokens, which then passes a norm of its own while the final one is left out (as timm does).
+    checkpointing (an attribute): recompute the blocks in the backward pass instead of storing their insides.
+    freeze_patch_embed: the random patch embedding stays as it is (Chen et al. 2021, section 4.3).
+    """
+
+    def __init__(
+        self,
+        dim,
+        depth,
+        heads,
+        patch_size=16,
+        image_size=224,
+        positions="sincos-xy",
+        pool="cls",
+        mlp_ratio=4,
+        layer_scale=0.0,
+        freeze_patch_embed=False,
+    ):
+        super().__init__()
+        self.dim, self.heads, self.patch_size, self.pool, self.checkpointing = dim, heads, patch_size, pool, False
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        self.grid = (height // patch_size, width // patch_size)
+        self.patch_embed = PatchEmbed(patch_size, dim)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
+        table = torch.zeros(1, 1 + self.grid[0] * self.grid[1], dim)
+        if positions == "learned":
+            nn.init.trunc_normal_(table, std=0.02)
+        else:  # the class token's position is zero
+            table[0, 1:] = sincos(dim, self.grid, positions.removeprefix("sincos-"))
+        # a parameter in either case: it is part of the checkpoint, and fine-tuning may set it free
+        self.pos_embed = nn.Parameter(table, requires_grad=positions == "learned")
+        self.blocks = nn.ModuleList([Block(dim, heads, mlp_ratio, layer_scale) for _ in range(depth)])
+        self.norm = nn.LayerNorm(dim, eps=1e-6) if pool == "cls" else nn.Identity()
+        self.fc_norm = nn.LayerNorm(dim, eps=1e-6) if pool == "mean" else nn.Identity()
+        initialise(self)
+        nn.init.normal_(self.cls_token, std=0.02)
+        self.patch_embed.requires_grad_(not freeze_patch_embed)
+
+    def embed(self, x):
+        """Patch tokens with their positions (B, L, dim), and the position of the class token (1, 1, dim)."""
+        if x.shape[2] % self.patch_size or x.shape[3] % self.patch_size:
+            raise ValueError(f"images of {x.shape[2]} x {x.shape[3]} do not divide into patches of {self.patch_size}")
+        grid = (x.shape[2] // self.patch_size, x.shape[3] // self.patch_size)
+        positions = resize_positions(self.pos_embed, self.grid, grid)
+        return self.patch_embed(x) + positions[:, 1:], positions[:, :1]
+
+    def last(self, x, n=1, keep=None, paths=None):
+        """Tokens after each of the last n blocks and the final norm: a list of (B, 1 + L, dim), class token first.
+
+        keep: (B, K) indices of the patches that enter the blocks, in this order (default: all). paths: path_factors.
+        """
+        x, position = self.embed(x)
+        if keep is not None:
+            x = x.gather(1, keep[:, :, None].expand(-1, -1, x.shape[2]))
+        x = torch.cat([(self.cls_token + position).expand(len(x), -1, -1), x], 1)
+        outputs = []
+        for i, block in enumerate(self.blocks):
+            part = None if paths is None else paths[2 * i : 2 * i + 2]
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, part, use_reentrant=False)
+            else:
+                x = block(x, part)
+            if i >= len(self.blocks) - n:
+                outputs.append(self.norm(x))
+        return outputs
+
+    def tokens(self, x, keep=None, paths=None):
+        """All tokens after the final norm (B, 1 + L, dim), the class token first."""
+        return self.last(x, 1, keep, paths)[0]
+
+    def forward(self, x, paths=None):
+        x = self.tokens(x, paths=paths)
+        return x[:, 0] if self.pool == "cls" else self.fc_norm(x[:, 1:].mean(1))
+
+
+def initialise(module):
+    """Glorot-uniform weights and zero biases of linear layers and of the patch embedding, taken as one of them."""
+    for part in module.modules():
+        if isinstance(part, (nn.Linear, PatchEmbed)):
+            layer = part.proj if isinstance(part, PatchEmbed) else part
+            nn.init.xavier_uniform_(layer.weight.flatten(1))
+            nn.init.zeros_(layer.bias)
+
+
+def default_patch(arch, image_size):
+    """Patch size of an architecture at a size in pixels: its own, or an eighth of images that are too small for it."""
+    size = min(image_size) if not isinstance(image_size, int) else image_size
+    return ARCHS[arch][3] if size > 128 else max(1, math.ceil(size / 8))
+
+
+def vit(
+    arch, image_size=224, width=1.0, patch_size=None, depth=None, heads=None, positions="sincos-xy", pool="cls", **more
+):
+    """A ViT by name. width multiplies its dimension; patch_size, depth and heads replace what the name stands for.
+
+    Images of at most 128 pixels get patches of an eighth of their side, so that 64 tokens are left. more: see ViT.
+    `config` of the result is what a checkpoint has to say beside name, width and image size to build it again.
+    """
+    if arch not in ARCHS:
+        fail(f"--arch {arch}: unknown, expected one of {', '.join(ARCHS)}")
+    dim, usual_depth, usual_heads, _ = ARCHS[arch]
+    dim, depth, heads = round(dim * width), depth or usual_depth, heads or usual_heads
+    patch_size = patch_size or default_patch(arch, image_size)
+    if dim < 4 or dim % heads or dim % 4:
+        fail(f"--arch {arch} --width {width}: dimension {dim} must be a multiple of 4 and of {heads} heads")
+    sizes = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if any(size % patch_size or size < patch_size for size in sizes):
+        fail(f"--image-size {image_size} is not a multiple of the patch size {patch_size}: choose another --patch-size")
+    model = ViT(dim, depth, heads, patch_size, image_size, positions, pool, **more)
+    model.config = {"patch_size": patch_size, "depth": depth, "heads": heads, "positions": positions, "pool": pool}
+    return model
