@@ -129,7 +129,7 @@ class ViT(nn.Module):
     fixed sines and cosines in either order, or learned. pool: "cls" takes the class token after the final norm, "mean"
     the mean of the patch tokens, which then passes a norm of its own while the final one is left out (as timm does).
     checkpointing (an attribute): recompute the blocks in the backward pass instead of storing their insides.
-    freeze_patch_embed: the random patch embedding stays as it is (Chen et al. 2021, section 4.3).
+    freeze_patch_embed: the random patch embedding stays as it is (Chen et al. 2021).
     """
 
     def __init__(
