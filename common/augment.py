@@ -19,7 +19,12 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ATTEMPTS = 10  # of a random resized crop to fit into the image before the central crop is taken, as in torchvision
 # Which uniform decides what. Columns never move, so that two recipes with equal numbers see equal crops.
 TOP, LEFT, FLIP, JITTER, FACTORS, ORDER, GRAY, BLUR, SIGMA, SOLARIZE = 20, 21, 22, 23, 24, 28, 32, 33, 34, 35
-DRAWS = 36
+LIGHTING = 36
+DRAWS = 40
+# Principal components of ImageNet's colours in [0, 1] (Krizhevsky et al. 2012, section 4.1): their scales,
+# largest first, and rows red, green, blue of their directions.
+PCA_SCALES = (0.2175, 0.0188, 0.0045)
+PCA_AXES = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +34,8 @@ class View:
     size: pixels of the square view. crop, ratio: range of the crop's share of the image area and of its
     width / height. jitter: strengths of brightness, contrast, saturation and hue, as in torchvision's ColorJitter
     (drawn factors multiply; the four are applied in a random order). blur_sigma: range in pixels.
-    gray_first: turn to grey before the jitter instead of after it.
+    gray_first: turn to grey before the jitter instead of after it. lighting: AlexNet's change of colour, a normal
+    number of this standard deviation per principal component, added last and not clipped.
     """
 
     size: int
@@ -44,6 +50,7 @@ class View:
     blur_p: float = 0.0
     blur_sigma: tuple = (0.1, 2.0)
     solarize_p: float = 0.0
+    lighting: float = 0.0
     mean: tuple = IMAGENET_MEAN
     std: tuple = IMAGENET_STD
 
@@ -131,7 +138,17 @@ def plan(view, u):
     low, high = view.blur_sigma
     step("blur", u[:, BLUR] < view.blur_p, low + u[:, SIGMA] * (high - low))
     step("solarize", u[:, SOLARIZE] < view.solarize_p, 0.5)
+    if view.lighting:
+        shift = normals(u[:, LIGHTING : LIGHTING + 4])[:, :3] * view.lighting * PCA_SCALES @ np.transpose(PCA_AXES)
+        for k, name in enumerate(CHANNELS):
+            step(name, np.ones(len(u), bool), shift[:, k])
     return steps
+
+
+def normals(u):
+    """Uniforms (B, 2 n) -> (B, 2 n) independent standard normal numbers (Box & Muller 1958)."""
+    radius, angle = np.sqrt(-2 * np.log1p(-u[:, 0::2])), 2 * np.pi * u[:, 1::2]
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
 
 
 # ------------------------------------------------------------------------------------------- cropping (CPU, uint8)
@@ -236,6 +253,7 @@ OPERATORS = {
     "blur": _blur,
     "solarize": lambda x, threshold: torch.where(x >= threshold, 1 - x, x),
 }
+CHANNELS = {"red": 0, "green": 1, "blue": 2}  # operations that add their amount to one channel, in place
 
 
 @torch.no_grad()
@@ -248,7 +266,10 @@ def augment(images, steps, mean, std, dtype=torch.float32):
     x = images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
     with torch.autocast(x.device.type, enabled=False):
         for name, rows, amounts in steps:
-            x[rows] = OPERATORS[name](x[rows], amounts.view(-1, 1, 1, 1))
+            if name in CHANNELS:
+                x[rows, CHANNELS[name]] += amounts.view(-1, 1, 1)
+            else:
+                x[rows] = OPERATORS[name](x[rows], amounts.view(-1, 1, 1, 1))
     mean, std = _channel_vectors(mean, std, x.device)
     return x.sub_(mean).div_(std).to(dtype, memory_format=torch.channels_last)
 

@@ -1,42 +1,91 @@
 """Saving and loading: complete run states, exported backbones, and a loader that refuses half a network.
 
-Files hold tensors, numbers, strings, lists and dictionaries only, so all of them load with `weights_only=True`.
+Our files hold tensors, numbers, strings, lists and dictionaries only, so all of them load with `weights_only=True`.
+Other people's files may hold more; what common/layouts.py knows of them is read here.
 """
 
-import pickle
+import contextlib
+import os
+import re
+import sys
 from pathlib import Path
 
 import torch
+from torch import nn
 
+from common import layouts, resnet, vit
 from common.distributed import barrier, is_main, print0
 from common.log import fail, plain
-from common.resnet import resnet
+
+IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
 # Flags that may change between a run and its continuation: none of them alters what is learned.
 RUN_FLAGS = {"data", "train_list", "val_list", "out", "workers", "device", "precision", "compile", "accum", "max_steps"}
 RUN_FLAGS |= {"log_every", "save_every", "knn_every", "max_bad", "resume", "init", "dump_clusters"}
+RUN_FLAGS |= {"grad_checkpointing", "pictures_every", "trust_pickle"}
 
 
-def save(path, state):
-    """Writes a dictionary from the main process to a temporary file and renames it: nobody ever sees half a file."""
-    if is_main():
-        temporary = Path(path).with_suffix(".tmp")
-        torch.save(state, temporary)
+def save(path, state, keep=False):
+    """Writes a dictionary from the main process to a temporary file and renames it: nobody ever sees half a file.
+
+    keep: what was there becomes `<name>.previous.pt`. Ends the program with code 1 when the file cannot be written.
+    """
+    if not is_main():
+        return
+    path = Path(path)
+    temporary = path.with_suffix(".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)  # someone may have removed the folder of a run
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())  # a rename must not overtake the contents when the machine loses power
+        if keep and path.exists():
+            path.replace(path.with_suffix(".previous.pt"))
         temporary.replace(path)
+    except (OSError, RuntimeError) as error:  # torch wraps the errors of the system
+        reason = getattr(error.__context__ if isinstance(error, RuntimeError) else error, "strerror", None) or error
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        left = f"; the state saved before is in {path}" if path.exists() else ""
+        fail(f"cannot write {path}: {str(reason).splitlines()[0]}{left}. Make room, run the same command again", code=1)
 
 
-def load(path, flag):
-    """The dictionary in a file. `flag` names it in the message when it cannot be read."""
+def load(path, flag, trust_pickle=False):
+    """The dictionary in a file. `flag` names it in the message that ends the program when it cannot be read.
+
+    A pickle can run any program. None is run here: only tensors, plain values and harmless types are restored, unless
+    trust_pickle says that the file's origin is trusted.
+    """
     if not Path(path).is_file():
         fail(f"{flag} {path}: no such file")
+    state, problem = _read(path, flag, trust_pickle)
+    return state if problem is None else fail(problem)
+
+
+def _read(path, flag, trust_pickle=False):
+    """(the dictionary in a file, None) or (None, what is wrong with it)."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        fail(f"{flag} {path} is not a checkpoint that can be read safely: {reason}")
+        with torch.serialization.safe_globals(layouts.harmless_types()):
+            state = torch.load(path, map_location="cpu", weights_only=not trust_pickle)
+    except Exception as error:  # a damaged file can raise anything
+        return None, _unreadable(flag, path, error, trust_pickle)
     if not isinstance(state, dict):
-        fail(f"{flag} {path} holds a {type(state).__name__}, not a dictionary of weights")
-    return state
+        return None, f"{flag} {path} holds a {type(state).__name__}, not a dictionary of weights"
+    return state, None
+
+
+def _unreadable(flag, path, error, trusted):
+    where, remedy = f"{flag} {path}", "add" if flag == "--pretrained" else "convert it by export.py"
+    reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+    if trusted:
+        return f"{where} cannot be read: {reason}"
+    if foreign := re.search(r"GLOBAL (\S+)", str(error)):
+        return (
+            f"{where} cannot be read safely: it holds {foreign[1]}, and restoring that could run any program."
+            f" If you trust the origin of the file: {remedy} --trust-pickle"
+        )
+    return f"{where} is not a checkpoint that can be read safely: {reason}"
 
 
 def save_run(args, step, images, model, optimizer, scaler, backbone, recipe, **more):
@@ -56,25 +105,36 @@ def save_run(args, step, images, model, optimizer, scaler, backbone, recipe, **m
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
     state |= {"step": step, "images": images, "args": plain(args), "meta": meta, **more}
     state["backbone_prefix"] = next(n + "." for n, m in model.named_modules() if m is backbone)
-    save(Path(args.out) / "last.pt", state)
+    # last.pt comes last: when it says that a run is complete, so is everything else
     save(Path(args.out) / "backbone.pt", {"backbone": backbone.state_dict(), "step": step, "meta": meta})
+    save(Path(args.out) / "last.pt", state, keep=True)
 
 
-def resume(args, images, model, optimizer, scaler):
-    """Continues from `<out>/last.pt` if it is there and its recipe agrees. Returns its dictionary, or None at a start.
+def resume(args, images, model, optimizer, scaler, name="last.pt"):
+    """Continues from `<out>/<name>` if it is there and its recipe agrees. Returns its dictionary, or None at a start.
 
-    Ends the program with the list of differences when the recipe or the number of images differs.
+    A damaged file is replaced by the one saved before it. Ends the program if that does not help either, or with the
+    list of differences when the recipe or the number of images differs: nothing starts again from zero in silence.
     """
-    path = Path(args.out) / "last.pt"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path = Path(args.out) / name
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--out {args.out} cannot be made: {error.strerror}")
     barrier()
-    if not args.resume or not path.exists():
+    found = [p for p in (path, path.with_suffix(".previous.pt")) if p.exists()]
+    if not args.resume or not found:
         return None
-    state = load(path, "--out")
+    remedy = "choose another --out, or --no-resume to overwrite it"
+    for path in found:
+        state, problem = _read(path, "--out")
+        if problem is None:
+            break
+        print0(f"warning: {problem}", file=sys.stderr)
+    else:
+        fail(f"--out {args.out}: no state of the run can be read; {remedy}")
     if not {"args", "step", "model", "optimizer", "scaler", "images"} <= state.keys():
-        fail(
-            f"--out {args.out}: last.pt is not the state of a run; choose another --out, or --no-resume to overwrite it"
-        )
+        fail(f"--out {args.out}: {name} is not the state of a run; {remedy}")
     now = plain(args)
     names = sorted((now.keys() | state["args"].keys()) - RUN_FLAGS)
     differences = [
@@ -85,9 +145,7 @@ def resume(args, images, model, optimizer, scaler):
     if state["images"] != images:
         differences.append(f"the data set had {state['images']} images, has {images}")
     if differences:
-        fail(
-            f"{path} is another recipe ({'; '.join(differences)}): choose another --out, or --no-resume to overwrite it"
-        )
+        fail(f"{path} is another recipe ({'; '.join(differences)}): {remedy}")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
@@ -96,81 +154,154 @@ def resume(args, images, model, optimizer, scaler):
 
 
 def init_from(path, model):
-    """`--init`: weights for a fresh schedule, from a last.pt of the same script (everything) or any backbone file."""
-    state = load(path, "--init")
-    if "model" in state and "backbone_prefix" in state:
-        missing, _ = model.load_state_dict(_fitting(state["model"], model), strict=False)
-        loaded = len(model.state_dict()) - len(missing)
-    else:
-        loaded = load_weights(model.backbone, backbone_weights(state, path, "--init"), path, "--init")
-    print0(f"init        {path}: {loaded} of {len(model.state_dict())} tensors")
-    if not loaded:
-        fail(f"--init {path}: no tensor fits this model")
-
-
-def _fitting(weights, model):
-    own = model.state_dict()
-    return {k: v for k, v in weights.items() if k in own and own[k].shape == v.shape}
+    """`--init`: weights for a fresh schedule. The whole backbone, from any file that `load_backbone` reads; from the
+    last.pt of a run also what else (heads, for instance) has the same name and shape here."""
+    state, own = load(path, "--init"), model.state_dict()
+    found = find(state, f"--init {path}")
+    heads, told = getattr(model.backbone, "heads", None), shape_of(found).get("heads")
+    if heads and told and heads != told:
+        known = "heads" in found.meta or found.layout.heads
+        (fail if known else print0)(
+            f"--init {path} was{'' if known else ', as far as one can tell,'} trained with {told} attention heads,"
+            f" this model has {heads}"
+        )
+    weights = resize_positions(found.weights, model.backbone)
+    bad, _, _ = compare(model.backbone, weights)
+    if bad:
+        refuse(f"--init {path}", "this model's backbone", model.backbone, weights)
+    prefix = next(n + "." for n, m in model.named_modules() if m is model.backbone)
+    fitting = {prefix + k: v for k, v in weights.items()}
+    if "backbone_prefix" in state:
+        fitting = {k: v for k, v in state["model"].items() if k in own and own[k].shape == v.shape} | fitting
+    model.load_state_dict(fitting, strict=False)
+    print0(f"init        {path}: {len(fitting)} of {len(own)} tensors")
 
 
 # --------------------------------------------------------------------------------------------------- backbones
-def backbone_weights(state, path, flag):
-    """The backbone's tensors under torchvision names, from any layout known here."""
-    if "backbone" in state and "meta" in state:
-        return state["backbone"]
-    if "backbone_prefix" in state:
-        prefix = state["backbone_prefix"]
-        return {k.removeprefix(prefix): v for k, v in state["model"].items() if k.startswith(prefix)}
-    if "conv1.weight" in state:  # torchvision
-        return {k: v for k, v in state.items() if not k.startswith("fc.")}
-    fail(f"{flag} {path}: no backbone found, its keys are {', '.join(map(str, list(state)[:5]))} ...")
+def find(state, where, arch=None):
+    """The backbone (layouts.Found) in the dictionary of a file: the complete one with the most tensors.
+
+    where: flag and path, for the message that ends the program when there is none. arch: what it is said to be.
+    """
+    found = layouts.candidates(state)
+    if not found:
+        keys = ", ".join(map(str, list(state)[:5])) or "none at all"
+        fail(f"{where}: no backbone found (a ResNet or a ViT in a known layout), its keys are {keys} ...")
+
+    def rank(candidate):
+        bad, matched, _ = compare(construct(candidate, shape_of(candidate, arch), where), candidate.weights)
+        return not bad, matched
+
+    return max(found, key=rank) if len(found) > 1 else found[0]
 
 
-def load_weights(backbone, weights, path, flag):
-    """Loads all of a backbone or ends the program. Returns the number of tensors."""
-    own = backbone.state_dict()
-    missing = [k for k in own if k not in weights and not k.endswith("num_batches_tracked")]
-    wrong = [k for k in own if k in weights and weights[k].shape != own[k].shape]
-    if missing or wrong:
-        names = [f"{k} missing" for k in missing]
-        names += [f"{k} {tuple(weights[k].shape)} instead of {tuple(own[k].shape)}" for k in wrong]
-        matched = sum(k in weights and weights[k].shape == v.shape for k, v in own.items())
-        fail(f"{flag} {path}: only {matched}/{len(own)} tensors match the architecture: {'; '.join(names[:5])}")
-    backbone.load_state_dict({k: v for k, v in weights.items() if k in own}, strict=False)
-    return len(own)
+def shape_of(found, arch=None):
+    """The arguments that build the network: what the file says, and where it says nothing, what its shapes tell."""
+    if found.family == "resnet":
+        told = layouts.resnet_shape(found.weights)
+    else:
+        told = layouts.vit_shape(found.weights, found.layout.heads, arch)
+    return told | {k: v for k, v in found.meta.items() if k in told and k != "image_size"}
 
 
-def load_backbone(path, arch=None, width=None, image_size=None, seed=0):
+def construct(found, shape, where):
+    """The network of these arguments, without memory for its weights (on the device "meta")."""
+    if found.family == "vit" and shape["heads"] is None:
+        dim = round(vit.ARCHS[shape["arch"]][0] * shape["width"])
+        fail(f"{where}: a ViT of {dim} dimensions, whose number of heads is not known; try --arch")
+    with torch.device("meta"):
+        if found.family == "vit":
+            return vit.vit(**shape)
+        size = resnet.SMALL if shape["small"] else 224  # the stem goes with the size the network was trained at
+        network = resnet.resnet(shape["arch"], shape["width"], size, input_filter=found.weights.get("input_filter"))
+    if shape["small"]:
+        network.conv1.padding = (found.layout.padding, found.layout.padding)
+    if not found.stem_relu:
+        network.relu = nn.Identity()
+    return network
+
+
+def compare(network, weights):
+    """Names and shapes of a network and a file: (what differs, a line each; tensors that agree; tensors needed)."""
+    own = network.state_dict()
+    counted = any(k.endswith("num_batches_tracked") for k in weights)  # old files do not have them
+    needed = [k for k in own if counted or not k.endswith("num_batches_tracked")]
+    bad = [f"{k} missing" for k in needed if k not in weights]
+    bad += [
+        f"{k} {tuple(weights[k].shape)} instead of {tuple(own[k].shape)}"
+        for k in needed
+        if k in weights and weights[k].shape != own[k].shape
+    ]
+    matched = len(needed) - len(bad)
+    return bad + [f"{k} unexpected" for k in weights if k not in own], matched, len(needed)
+
+
+def refuse(where, name, network, weights):
+    bad, matched, needed = compare(network, weights)
+    more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+    only = "only " if matched < needed else ""
+    fail(f"{where}: {only}{matched}/{needed} tensors match {name}: {'; '.join(bad[:5])}{more}")
+
+
+def resize_positions(weights, network):
+    """The weights with the positions of a ViT interpolated to the grid of the network."""
+    table = weights.get("pos_embed")
+    if table is None or not hasattr(network, "grid") or table.ndim != 3:
+        return weights
+    side = round((table.shape[1] - 1) ** 0.5)
+    if (side, side) == network.grid or table.shape[1] != 1 + side * side:
+        return weights
+    print0(f"positions   {side} x {side} patches resized to {network.grid[0]} x {network.grid[1]} (bicubic)")
+    return weights | {"pos_embed": vit.resize_positions(table.float(), (side, side), network.grid)}
+
+
+def load_backbone(path, arch=None, width=None, image_size=None, seed=0, trust_pickle=False):
     """The network behind `--pretrained`: (backbone, meta). "random" gives a random initialisation.
 
-    arch, width, image_size: taken from the file where it says, else resnet50, 1.0 and 224; a flag that contradicts the
-    file ends the program. Prints how many tensors matched.
+    arch, width, image_size: taken from the file, which has them in words (ours) or in the shapes of its tensors; an
+    arch or width that contradicts it ends the program. Another image_size makes a ViT interpolate its positions.
+    trust_pickle: see `load`. Prints how many tensors matched: all, or the program ends.
     """
-    asked = {"arch": arch, "width": width, "image_size": image_size}
-    meta = {
-        "arch": "resnet50",
-        "width": 1.0,
-        "image_size": 224,
-        "mean": [0.485, 0.456, 0.406],
-        "std": [0.229, 0.224, 0.225],
-    }
-    meta["method"] = "random"
-    if str(path) == "random":
-        meta |= {k: v for k, v in asked.items() if v is not None}
-        torch.manual_seed(seed)
-        return resnet(meta["arch"], meta["width"], meta["image_size"]), meta
-    state = load(path, "--pretrained")
-    meta |= {"method": "unknown"} | state.get("meta", {})
-    for name, value in asked.items():
-        known = state.get("meta", {}).get(name)
-        if value is not None and known is not None and value != known and name != "image_size":
-            fail(f"--{name} {value}: {path} holds {name} {known}; leave the flag out")
-        if value is not None:
-            meta[name] = value
-    # the stem goes with the size the network was trained at, not with the size it is used at
-    trained_size = state.get("meta", meta).get("image_size", meta["image_size"])
-    weights = backbone_weights(state, path, "--pretrained")
-    backbone = resnet(meta["arch"], meta["width"], trained_size, input_filter=weights.get("input_filter"))
-    count = load_weights(backbone, weights, path, "--pretrained")
-    print0(f"pretrained  {path}: {meta['method']}, {meta['arch']}, tensors matched {count}/{count}")
+    if str(path) != "random":
+        state = load(path, "--pretrained", trust_pickle)
+        return assemble(find(state, f"--pretrained {path}", arch), path, arch, width, image_size)
+    meta = {"method": "random", "arch": arch or "resnet50", "width": width or 1.0, "image_size": image_size or 224}
+    torch.manual_seed(seed)
+    make = vit.vit if meta["arch"].startswith("vit") else resnet.resnet
+    backbone = make(meta["arch"], width=meta["width"], image_size=meta["image_size"])
+    return backbone, meta | IMAGENET | getattr(backbone, "config", {})
+
+
+def assemble(found, path, arch=None, width=None, image_size=None):
+    """Builds what was found in a file and loads all of it, or ends the program. Returns (backbone, meta)."""
+    where, shape = f"--pretrained {path}", shape_of(found, arch)
+    backbone, weights = construct(found, shape, where), found.weights
+    if compare(backbone, weights)[0]:
+        if arch in resnet.ARCHS and found.family == "resnet":  # tell what the one that was asked for lacks
+            shape["arch"], backbone = arch, construct(found, shape | {"arch": arch}, where)
+        refuse(where, shape["arch"], backbone, weights)
+    if arch not in (None, shape["arch"]):
+        fail(f"--arch {arch}: {path} holds arch {shape['arch']}; leave the flag out")
+    if width is not None and round(64 * width) != round(64 * shape["width"]):  # the same number of channels
+        fail(f"--width {width}: {path} holds width {shape['width']:g}; leave the flag out")
+
+    size = 32 if shape.get("small") else shape.get("image_size", 224)
+    kind = "" if shape["width"] == 1 else f", width {shape['width']:g}"
+    if found.family == "vit":
+        patch, size = shape["patch_size"], image_size or size
+        if size % patch:
+            fail(f"--image-size {size}: {path} has patches of {patch} pixels, choose a multiple")
+        backbone = construct(found, shape | {"image_size": size}, where)
+        weights = resize_positions(weights, backbone)
+        kind += f", patches of {patch}, {shape['heads']} heads"
+        kind += "" if "heads" in found.meta else " (assumed from layout and dimension: the tensors do not show it)"
+    kind += ", 3x3 stem" if shape.get("small") else ""
+    _, matched, needed = compare(backbone, weights)
+    counters = {k: torch.tensor(0) for k in backbone.state_dict() if k.endswith("num_batches_tracked")}
+    backbone.to_empty(device="cpu").load_state_dict(counters | weights)
+    meta = {"method": found.name, "arch": shape["arch"], "width": shape["width"], "image_size": size, **IMAGENET}
+    meta |= getattr(backbone, "config", {}) | found.meta | ({"image_size": image_size} if image_size else {})
+    print0(f"pretrained  {path}: {meta['method']}, {meta['arch']}{kind}, tensors matched {matched}/{needed}")
+    if "mean" not in found.meta:
+        print0("normalised  with ImageNet's mean and standard deviation: the file does not say")
     return backbone, meta

@@ -9,6 +9,7 @@ import collections
 import concurrent.futures
 import dataclasses
 import io
+import json
 import os
 import sys
 import threading
@@ -20,7 +21,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from common import augment
-from common.distributed import rank, world_size
+from common.archive import Names, archive_index, folder_index
+from common.distributed import print0, rank, world_size
 from common.log import fail
 
 try:
@@ -30,6 +32,8 @@ except ImportError:  # torchvision means to drop its decoders one day; PIL reads
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
 NAMES = {"digits": 16, "cifar10": 32, "cifar100": 32, "stl10": 96, "fake": 64}  # and the size they are used at
+SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "test")}  # names of their folders
+ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}  # beside train.tar and val.tar
 AHEAD = 2  # batches prepared in advance; with the one in use, three exist at a time
 
 
@@ -52,9 +56,23 @@ def to_rgb(image):
     return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
+def _jpeg_pixels(data):
+    """Pixels that a JPEG says it has, from its frame header; 0 if there is none."""
+    at = 2
+    while at + 9 < len(data) and data[at] == 0xFF:
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
+            return int.from_bytes(data[at + 5 : at + 7], "big") * int.from_bytes(data[at + 7 : at + 9], "big")
+        at += 1 if marker == 0xFF else 2 + length
+    return 0
+
+
 def decode(data):
-    """Encoded bytes -> uint8 (3, H, W). JPEG by torchvision's decoder, everything unusual by PIL."""
-    if decode_jpeg is not None and data[:3] == b"\xff\xd8\xff":
+    """Encoded bytes -> uint8 (3, H, W). JPEG by torchvision's decoder, everything unusual by PIL.
+
+    A picture of more pixels than PIL accepts, which a few bytes can claim to be, is an error before memory is taken.
+    """
+    if decode_jpeg is not None and data[:3] == b"\xff\xd8\xff" and _jpeg_pixels(data) <= Image.MAX_IMAGE_PIXELS:
         encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         try:
             image = decode_jpeg(encoded, mode=ImageReadMode.UNCHANGED, apply_exif_orientation=True)
@@ -69,29 +87,43 @@ def decode(data):
 
 
 class Files:
-    """Image files. paths: relative to root; kept as one bytes blob, so that a million of them cost their length."""
+    """Image files. names: their paths relative to root, an archive.Names or a list, which becomes one."""
 
-    def __init__(self, root, paths, labels=None, classes=None):
-        encoded = [os.fsencode(p) for p in paths]
-        self.root, self.blob = os.fsencode(root), b"".join(encoded)
-        self.offsets = np.cumsum([0, *map(len, encoded)])
+    def __init__(self, root, names, labels=None, classes=None):
+        self.root, self.names = os.fsencode(root), Names.of(names) if isinstance(names, list) else names
         self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
         self.classes = classes
 
     def __len__(self):
-        return len(self.offsets) - 1
+        return len(self.names)
 
     def path(self, i):
-        return os.fsdecode(os.path.join(self.root, self.blob[self.offsets[i] : self.offsets[i + 1]]))
+        return os.fsdecode(os.path.join(self.root, self.names[i]))
+
+    def read(self, i):
+        """The encoded bytes of image i."""
+        with open(self.path(i), "rb") as file:
+            return file.read()
 
     def __getitem__(self, i):
         try:
-            with open(self.path(i), "rb") as file:
-                image = decode(file.read())
+            image = decode(self.read(i))
         except Exception as error:  # decoders raise a dozen kinds, all of which mean the same to the reader
             reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error).partition("\n")[0]
             raise BadImage(f"{self.path(i)}: {type(error).__name__}: {reason}") from None
         return image, -1 if self.labels is None else int(self.labels[i])
+
+
+class Tar(Files):
+    """Images in an uncompressed tar archive, read in any order and by any number of threads."""
+
+    def __init__(self, path, names, positions, sizes, labels=None, classes=None):
+        super().__init__(path, names, labels, classes)
+        self.positions, self.sizes = positions, sizes
+        self.file = open(path, "rb")
+
+    def read(self, i):
+        return os.pread(self.file.fileno(), int(self.sizes[i]), int(self.positions[i]))
 
 
 class Arrays:
@@ -177,12 +209,15 @@ def build(data, split, image_list=None, required=True):
     if name in NAMES and not image_list:
         return _named(name, where, split)
     root = Path(data)
+    archive = _archive(root, split)
+    if archive:
+        return _from_archive(archive, split, image_list, required)
     if not root.is_dir():
-        kind = "is not a folder" if root.exists() else "does not exist"
+        kind = "is not a folder or a .tar archive" if root.exists() else "does not exist"
         fail(f"--data {data} {kind}: give a folder of images or one of {', '.join(NAMES)}")
     if image_list:
-        return _from_list(root, Path(image_list), split)
-    folders = {"train": ("train",), "val": ("val", "valid", "validation", "test")}[split]
+        return Files(root, *_read_list(Path(image_list), split, _listed(root), root))
+    folders = SPLITS[split]
     found = next((root / f for f in folders if (root / f).is_dir()), None)
     if found is None and (split == "val" or (root / "val").is_dir()):
         if required:
@@ -206,42 +241,107 @@ def labelled(data, train_list=None, val_list=None):
     return train, val
 
 
-def _scan(folder, prefix=""):
-    """Relative paths of all images below a folder, sorted; links to folders are followed once."""
-    images, folders = [], []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                folders.append(entry.name)
-            elif entry.name.lower().endswith(EXTENSIONS):
-                images.append(prefix + entry.name)
+def scan(folder, prefix=""):
+    """Relative paths of all images below a folder, sorted, and of all folders; links to folders are followed once."""
+    images, folders, found = [], [], [prefix]
+    try:
+        with os.scandir(folder) as entries:
+            entries = list(entries)
+    except OSError as error:
+        fail(f"folder {folder} cannot be read: {error.strerror}")
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        if os.path.isdir(entry) if entry.is_symlink() else entry.is_dir():  # is_dir() of a circular link raises
+            folders.append(entry.name)
+        elif entry.name.lower().endswith(EXTENSIONS):
+            images.append(prefix + entry.name)
     for name in sorted(folders):
         path = os.path.join(folder, name)
         real = os.path.realpath(path)
         if os.path.islink(path) and os.path.commonpath([real, os.path.realpath(folder)]) == real:
             continue  # a link to one of its own parents
-        images += _scan(path, f"{prefix}{name}/")
-    return images if prefix else sorted(images)
+        more, below = scan(path, f"{prefix}{name}/")
+        images += more
+        found += below
+    return images if prefix else sorted(images), found
+
+
+def _classes(paths, where):
+    """(labels, class names) from the first folder of each path; (None, None) if not every image lies in one."""
+    tops = [p.partition("/") for p in paths]
+    loose = [top for top, slash, _ in tops if not slash]
+    if loose:
+        if len(loose) < len(paths):
+            print0(
+                f"note: {where}: {len(loose)} images lie beside the class folders ({loose[0]!r} ...): none gets a label"
+            )
+        return None, None
+    tops = [top for top, _, _ in tops]
+    classes = sorted(set(tops))
+    number = {c: i for i, c in enumerate(classes)}
+    return [number[top] for top in tops], classes
 
 
 def _from_folder(folder, labelled):
-    paths = _scan(folder)
-    if not paths:
+    names = folder_index(folder, scan)
+    if not len(names):
         fail(f"no images in {folder}: expected files ending in {' '.join(EXTENSIONS)}")
-    if not labelled or any("/" not in p for p in paths):
-        return Files(folder, paths)
-    classes = sorted({p.split("/", 1)[0] for p in paths})
-    number = {c: i for i, c in enumerate(classes)}
-    return Files(folder, paths, [number[p.split("/", 1)[0]] for p in paths], classes)
+    labels, classes = _classes(names.strings(), folder) if labelled else (None, None)
+    return Files(folder, names, labels, classes)
 
 
-def _from_list(root, image_list, split):
+def _archive(root, split):
+    """The tar archive that holds a split, if --data names an archive or a folder with archives instead of folders."""
+    if root.is_file() and root.suffix.lower() == ".tar":
+        pairs = {"train.tar": "val.tar", ARCHIVES["train"]: ARCHIVES["val"]}
+        other = root.parent / pairs.get(root.name, root.name)
+        return other if split == "val" and other.is_file() else root  # which itself may hold both
+    if any((root / folder).is_dir() for folder in SPLITS[split]):
+        return None
+    return next((root / n for n in (f"{split}.tar", ARCHIVES[split]) if (root / n).is_file()), None)
+
+
+def _from_archive(path, split, image_list, required):
+    names, positions, sizes = archive_index(path, EXTENSIONS)
+    paths, labels, classes = names.strings(), None, None
+    if image_list:
+        rows = {p: i for i, p in enumerate(paths)}
+        wanted, labels = _read_list(Path(image_list), split, rows.__contains__, path)
+        rows = [rows[p] for p in wanted]
+    else:
+        # train/class/image, perhaps below one more folder, or class/image
+        folders = {f for names in SPLITS.values() for f in names}
+        first = {p.partition("/")[0] for p in paths}
+        skip = 1 if len(first) == 1 and not first & folders else 0
+        tops = [p.split("/", skip + 1)[skip] for p in paths] if skip or first & folders else []
+        if set(tops) & folders:
+            rows = [i for i, top in enumerate(tops) if top in SPLITS[split]]
+            paths = [paths[i].split("/", skip + 1)[-1] for i in rows]
+        elif split == "val" and path.stem not in SPLITS["val"] and path.name != ARCHIVES["val"]:
+            rows = []
+        else:
+            rows = range(len(paths))
+        if not rows:
+            if required:
+                fail(f"--data {path} has no {SPLITS[split][0]}/ folder inside, and no {split}.tar lies beside it")
+            return None
+        labels, classes = _classes(paths, path)
+        if classes and len(classes) == 1:  # one folder around everything says nothing
+            labels, classes = None, None
+    if len(rows) < len(names) or image_list:
+        names, positions, sizes = Names.of([names[i] for i in rows]), positions[rows], sizes[rows]
+    return Tar(path, names, positions, sizes, labels, classes)
+
+
+def _read_list(image_list, split, there, root):
+    """(paths, labels or None) of a list file. there(path): is this image in root?"""
     flag = f"--{split}-list {image_list}"
     if not image_list.is_file():
         fail(f"{flag} does not exist")
-    paths, labels, numbers = [], [], []
+    if image_list.suffix == ".json":
+        return _read_json(image_list, flag, there, root)
+    paths, labels = [], []
     for number, line in enumerate(image_list.read_text(encoding="utf-8", errors="surrogateescape").splitlines(), 1):
         line = line.strip()
         if not line or line.startswith("#"):
@@ -250,16 +350,52 @@ def _from_list(root, image_list, split):
         labelled = bool(path) and label.isdecimal()
         if paths and labelled != bool(labels):
             fail(f"{flag}, line {number}: {'a' if labelled else 'no'} label, unlike the lines before: {line!r}")
-        paths.append(path.rstrip() if labelled else line)
-        numbers.append(number)
+        path = path.rstrip() if labelled else line
+        if path.startswith("/") or ".." in path.split("/"):
+            fail(f"{flag}, line {number}: {path!r} leads out of the data folder: paths are relative to --data")
+        if not there(path):
+            fail(f"{flag}, line {number}: {path!r} is not in {root} (expected: relative/path, a space and a number)")
+        paths.append(path)
         if labelled:
             labels.append(int(label))
     if not paths:
         fail(f"{flag} names no image")
-    for number, path in zip(numbers, paths, strict=True):
-        if not (root / path).is_file():
-            fail(f"{flag}, line {number}: {path!r} is not in {root} (expected: relative/path, a space and a number)")
-    return Files(root, paths, labels or None)
+    return paths, labels or None
+
+
+def _read_json(image_list, flag, there, root):
+    """The same from iNaturalist's file: images[id, file_name], annotations[image_id, category_id] (none: no labels)."""
+    try:
+        content = json.loads(image_list.read_text(encoding="utf-8"))
+        names = {image["id"]: str(image["file_name"]) for image in content["images"]}
+        labels = {a["image_id"]: int(a["category_id"]) for a in content.get("annotations", ())}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        fail(f"{flag} has no images[id, file_name] and annotations[image_id, category_id]: {reason}")
+    if not names:
+        fail(f"{flag} names no image")
+    first, prefix = next(iter(names.values())), f"{Path(root).resolve().name}/"
+    if first.startswith(prefix) and not there(first):  # the names begin with the folder that --data already names
+        names = {key: name.removeprefix(prefix) for key, name in names.items()}
+    for key, name in names.items():
+        if not there(name):
+            fail(f"{flag}: {name!r} is not in {root}: --data is the folder that the file_name are relative to")
+        if labels and labels.get(key, -1) < 0:
+            fail(f"{flag}: {name!r} has no annotation with a category_id of at least 0, unlike others")
+    return list(names.values()), [labels[key] for key in names] if labels else None
+
+
+def _listed(root):
+    """Tells whether root has a file. Its folder is listed once, which is faster than asking for each of a million."""
+    listed = {}
+
+    def there(path):
+        folder, _, name = path.rpartition("/")
+        if folder not in listed:
+            listed[folder] = set(os.listdir(root / folder)) if (root / folder).is_dir() else set()
+        return name in listed[folder]
+
+    return there
 
 
 def _named(name, where, split):
@@ -297,6 +433,7 @@ def _named(name, where, split):
 class Batch:
     """One micro-batch of one process. images[v]: uint8 (B, 3, S, S) on the device. labels, indices: int64 (B,).
 
+    host_indices: the indices in host memory, to draw numbers from without waiting for the device.
     On the CPU the images lie in the loader's buffers: they change when the next batch is asked for.
     """
 
@@ -306,6 +443,7 @@ class Batch:
     labels: torch.Tensor
     indices: torch.Tensor
     dtype: torch.dtype
+    host_indices: np.ndarray
 
     def views(self):
         """The augmented, normalised views: a list of (B, 3, S, S) floats, channels_last."""
@@ -320,7 +458,8 @@ class Loader:
 
     views: one `augment.View` each. batch_size: images per optimiser step over all processes and `accum` micro-batches.
     `epoch(e)` yields `steps * accum` micro-batches of `local` images; the last, incomplete step is dropped.
-    waited: seconds that the caller has spent waiting for images so far.
+    waited: seconds that the caller has spent waiting for images so far. streams: which random numbers each view takes
+    (0, 1, 2 ... unless the caller sets it); views of one stream and one kind of crop see the same part of an image.
     """
 
     def __init__(
@@ -330,7 +469,7 @@ class Loader:
             fail(f"--batch-size {batch_size} is larger than the data set ({len(dataset)} images)")
         self.dataset, self.recipes, self.seed, self.accum = dataset, tuple(views), seed, accum
         self.batch_size, self.local = batch_size, batch_size // (world_size() * accum)
-        self.steps = len(dataset) // batch_size
+        self.steps, self.streams = len(dataset) // batch_size, range(len(self.recipes))
         self.dtype = dtype or torch.float32
         self.pool = Pool(dataset, device, workers, max_bad)
 
@@ -358,14 +497,13 @@ class Loader:
 
         def job(part):
             key = order[part] + len(self.dataset) * occurrence[part]
-            draws = np.stack(
-                [augment.uniforms(self.seed, epoch, key, v, augment.DRAWS) for v in range(len(self.recipes))]
-            )
-            return order[part], draws
+            draws = [augment.uniforms(self.seed, epoch, key, v, augment.DRAWS) for v in self.streams]
+            return order[part], np.stack(draws)
 
         for indices, draws, images, labels in self.pool.run(map(job, jobs), self.recipes, self._crop):
             steps = [self._steps(augment.plan(recipe, u)) for recipe, u in zip(self.recipes, draws, strict=True)]
-            yield Batch(images, steps, self.recipes, labels, self.pool.to_device(torch.from_numpy(indices)), self.dtype)
+            on_device = self.pool.to_device(torch.from_numpy(indices))
+            yield Batch(images, steps, self.recipes, labels, on_device, self.dtype, indices)
 
     @staticmethod
     def _crop(image, view, u):
@@ -383,13 +521,22 @@ class Loader:
         return list(zip(names, rows, amounts, strict=True))
 
 
+def eval_share(n, batch_size):
+    """(first, last): this process's part [first, last) of n samples, consecutive in rank order and of whole batches.
+
+    So a batch holds the same samples whatever the number of processes, and its features are the same to the last bit.
+    """
+    batches = -(-n // batch_size)
+    first, last = (batches * r // world_size() * batch_size for r in (rank(), rank() + 1))
+    return min(first, n), min(last, n)
+
+
 def eval_batches(dataset, view, batch_size, device, workers=4, dtype=torch.float32):
     """This process's share of a dataset in order: yields (images (B, 3, S, S), labels (B,), indices (B,)).
 
-    The shares of the processes are contiguous, in rank order, and together hold every sample exactly once.
+    The shares of the processes (`eval_share`) together hold every sample exactly once.
     """
-    n, w, r = len(dataset), world_size(), rank()
-    indices = np.arange(n * r // w, n * (r + 1) // w)
+    indices = np.arange(*eval_share(len(dataset), batch_size))
     parts = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
     pool = Pool(dataset, device, workers, max_bad=100)
     jobs = ((part, np.zeros((1, len(part), 0))) for part in parts)

@@ -1,9 +1,12 @@
 """What a run tells: one line for every mistake, one line per log step, log.jsonl, pictures, and a clean stop."""
 
 import argparse
+import errno
+import fcntl
 import json
 import math
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -25,6 +28,19 @@ def fail(message, code=2):
     raise SystemExit(code)
 
 
+def _explain(kind, error, trace):
+    """The hook for errors that nobody caught: those that a user can mend become one line, others stay as they are."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
+        remedy = "lower --batch-size, or raise --accum, which keeps the batch but takes it in smaller parts"
+        print(f"error: out of memory: {remedy}", file=sys.stderr, flush=True)
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+        print(f"error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr, flush=True)
+    elif isinstance(error, KeyboardInterrupt):
+        print("interrupted; what was saved last is in --out", file=sys.stderr, flush=True)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse that shows defaults, takes no abbreviated flags and reports a mistake in one line."""
 
@@ -35,6 +51,7 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
             **kwargs,
         )
+        sys.excepthook = _explain
 
     def error(self, message):
         fail(f"{message} (try: python {self.prog} --help)")
@@ -47,8 +64,8 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 def check_args(args):
     """Refuses values that no script can use: exit 2 and one line naming the flag."""
     positive = {"epochs", "batch_size", "accum", "log_every", "width", "lr", "crop_min", "temperature"}
-    positive |= {"dim", "hidden_dim", "pred_dim", "clusters", "prototypes"}
-    at_most_one = {"crop_min", "flip"}
+    positive |= {"dim", "hidden_dim", "pred_dim", "clusters", "prototypes", "layer_decay", "head_lr", "val_every"}
+    at_most_one = {"crop_min", "flip", "layer_decay", "drop_path", "erase", "smoothing"}
     for name, value in vars(args).items():
         flag = "--" + name.replace("_", "-")
         if isinstance(value, float) and not math.isfinite(value):
@@ -112,10 +129,10 @@ class Logger:
 
     args: the script's arguments; uses out, log_every, max_steps. start: steps already done (resumed run); records of
     later steps, which that run wrote before it died, are dropped. chance: the loss of a model that has learned
-    nothing, shown as a ratio. loader: its share of waiting is shown.
+    nothing, shown as a ratio. loader: its share of waiting is shown. name: of the log file, if not log.jsonl.
     """
 
-    def __init__(self, args, loader, total, start, chance=None):
+    def __init__(self, args, loader, total, start, chance=None, name="log"):
         self.args, self.loader, self.total, self.chance = args, loader, total, chance
         self.last = min(total, args.max_steps) if args.max_steps else total
         self.recent, self.warned, self.stop = [], set(), Stop()
@@ -123,7 +140,8 @@ class Logger:
         self._mark(start)
         if not is_main():
             return
-        self.path = Path(args.out) / "log.jsonl"
+        self.lock = self._lock(Path(args.out) / "lock")
+        self.path = Path(args.out) / f"{name}.jsonl"
         kept = []
         if start and self.path.exists():
             for line in self.path.read_text().splitlines():
@@ -148,16 +166,42 @@ class Logger:
             processes=world_size(),
             resumed_at=start,
         )
+        if start >= self.last:
+            print(
+                f"complete    all {self.last} steps are done: evaluate {args.out}/backbone.pt, or choose another --out"
+            )
         self.bar = tqdm(
             total=self.last, initial=start, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
         )
+
+    def _lock(self, path):
+        """The file that says that a run is writing here; free again when the run ends, however it does."""
+        try:
+            file = open(path, "a+")
+        except OSError as error:
+            fail(f"--out {self.args.out} cannot be written: {error.strerror}")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            fail(f"--out {self.args.out}: {file.read() or 'another run'} is writing there; choose another --out")
+        except OSError:  # a file system without locks
+            pass
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        return file
 
     def _mark(self, step):
         self.clock, self.step, self.waited = time.perf_counter(), step, self.loader.waited if self.loader else 0.0
 
     def _write(self, **record):
-        with open(self.path, "a") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)  # someone may have removed the folder of a run
+            with open(self.path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:  # the run is worth more than its log
+            self.warn("log", f"cannot write {self.path}: {error.strerror}")
 
     def due(self, step):
         """Is there something to log (and so, anything to read from the device) after this step?"""
@@ -203,6 +247,12 @@ class Logger:
                 f"std {monitors['std']:.3f}: the outputs of all images are nearly equal (collapse). Lower --lr,"
                 " check --batch-size, and look at views.png",
             )
+        if self.chance and epoch >= 5 and loss > 0.99 * self.chance:
+            self.warn(
+                "chance",
+                f"after {epoch:.0f} epochs the loss is still that of a network that learned nothing: look at views.png"
+                " (can you tell which views belong together?), lower --lr, see the small images in the docstring",
+            )
         if wait > 0.2 and step > 20:
             self.warn(
                 "wait",
@@ -236,6 +286,7 @@ class Logger:
     def close(self):
         if self.bar is not None:
             self.bar.close()
+            self.lock.close()
 
 
 def report(args, name, result):

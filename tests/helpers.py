@@ -19,10 +19,12 @@ SCRIPTS = {
     "barlowtwins": ["--hidden-dim", "32", "--dim", "16"],
     "byol": ["--dim", "16", "--hidden-dim", "32"],
     "moco": ["--dim", "16", "--queue", "40"],
+    "mocov3": ["--dim", "16", "--hidden-dim", "32"],
     "deepcluster": ["--clusters", "6", "--pca-dim", "8", "--reweight"],
     "npid": ["--dim", "16", "--temperature", "0.25"],
     "swav": "--dim 16 --crops 2 1 --sizes 16 12 --prototypes 8 --freeze-steps 2 --queue 24 --queue-epoch 0".split(),
     "odc": "--dim 16 --hidden-dim 32 --clusters 6 --min-cluster 8 --centroid-every 2".split(),
+    "mae": "--arch vit_tiny --width 0.25 --depth 2 --decoder-dim 16 --decoder-depth 1 --decoder-heads 2".split(),
 }
 TINY = "--data fake:64 --arch resnet18 --width 0.125 --image-size 16 --batch-size 16 --epochs 4 --warmup-epochs 1"
 TINY += " --workers 2 --log-every 1 --knn-every 0 --seed 3"

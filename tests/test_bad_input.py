@@ -23,7 +23,7 @@ def refused(capsys, script, words):
 CASES = {
     "no data flag": ([], "--data"),
     "no such folder": (["--data", "/nowhere/at/all"], "does not exist"),
-    "unknown arch": (["--data", "fake:64", "--arch", "resnet19"], "resnet18"),
+    "unknown arch": (["--data", "fake:64", "--arch", "resnet19"], "unknown, expected one of"),
     "unknown flag": (["--data", "fake:64", "--batchsize", "4"], "--batchsize"),
     "not a number": (["--data", "fake:64", "--epochs", "ten"], "--epochs"),
     "zero epochs": (["--data", "fake:64", "--epochs", "0"], "--epochs"),

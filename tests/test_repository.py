@@ -58,7 +58,7 @@ def test_common_names_no_method(module):
     words = set(re.findall(r"[a-z0-9]+", (ROOT / "common" / module).read_text().lower()))
     if module == "resnet.py":
         words -= {"simclr"}  # the source of the width multiplier
-    if module == "checkpoint.py":
+    if module == "layouts.py":
         words -= set(METHODS)  # published layouts are named after their methods
     assert not words & set(METHODS)
 

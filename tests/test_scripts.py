@@ -81,7 +81,9 @@ def test_command_line_writes_the_promised_files(script, tmp_path):
     assert not list(out.glob("*.tmp*"))
     backbone = torch.load(out / "backbone.pt", weights_only=True)
     assert backbone["meta"]["method"] == script
-    assert {"conv1.weight", "layer4.1.bn2.running_var"} <= backbone["backbone"].keys()
+    vit = backbone["meta"]["arch"].startswith("vit")
+    names = {"cls_token", "blocks.1.mlp.fc2.bias"} if vit else {"conv1.weight", "layer4.1.bn2.running_var"}
+    assert names <= backbone["backbone"].keys()
     first = json.loads((out / "log.jsonl").read_text().splitlines()[0])
     assert {"command", "args", "versions", "commit"} <= first.keys()
 

@@ -1,0 +1,537 @@
+"""Linear SVMs on frozen features, full and low-shot, on Pascal VOC07 classification (Goyal et al. 2019).
+
+One LinearSVC per class on the five stages of the network, averaged to about 9,000 numbers each at ResNet-50's widths
+(class token and mean of the patch tokens for a ViT), rows divided by their length + 1e-5. Nothing else is trained.
+
+    python eval_svm.py --pretrained runs/simsiam/backbone.pt --data /VOCdevkit/VOC2007
+    torchrun --nproc_per_node=8 eval_svm.py --pretrained runs/simsiam/backbone.pt --data /VOCdevkit
+    python eval_svm.py --pretrained random --data /VOCdevkit --features feat2 --no-low-shot
+
+Full: the cost of each class is that of the best average precision of a 3-fold cross-validation on trainval (stratified,
+not shuffled); an SVM with it is trained on all of trainval and scored on test by the area under the monotone envelope
+of precision at all recalls, which is neither VOC's 11-point figure nor scikit-learn's. mAP is the mean over classes.
+Reported are every level, the best one on the test set (as published) and the one that cross-validation prefers.
+
+Low-shot: k positives and 19 k negatives per class, five draws, on the level that cross-validation prefers (on all of
+--features with --no-full). Two figures for each k: with the cost of best mean test mAP over the draws, which is the
+published way and looks at the test set; and with the cost of best mean AP on the trainval images that were not drawn,
+which does not. A k is left out if a class has fewer positives; if negatives are short, all there are serve.
+
+Published (MMSelfSup 0.x, ResNet-50), mAP and low-shot at k 1, 4, 16, 96: MoCo v2 84.04 | 43.14 65.34 75.42 82.23;
+BYOL 86.31 | 45.37 68.47 78.30 84.73; SwAV 87.00 | 44.68 67.64 78.14 85.15.
+
+Images whose objects of a class are all difficult count as negatives in full training, are never drawn in low-shot, and
+are left out of that class's test. Labels come from ImageSets/Main/<class>_{trainval,test}.txt, or, for other sets in
+VOC's layout, from {trainval,test}.txt and Annotations/*.xml.
+
+Deviations: draws and solver are seeded; a fold without a positive is left out of the mean instead of making it NaN;
+images of equal score are counted together; maps of other networks or sizes than ResNet-50 at 224 pixels get adaptive
+pooling to the side floor(sqrt(9216 / channels)), at most that of the map. Every fit is scikit-learn's LinearSVC, which
+may be given the rows in other coordinates (`Triangle`): the decision values are the same.
+"""
+
+import math
+import os
+import sys
+import time
+import warnings
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import linalg
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import average_precision_score
+from sklearn.model_selection import StratifiedKFold
+from sklearn.svm import LinearSVC
+from sklearn.utils.parallel import Parallel, delayed
+from torch import nn
+from torchvision.transforms.v2.functional import resize
+from tqdm import tqdm
+
+from common.augment import EvalView, uniforms
+from common.checkpoint import load_backbone
+from common.data import EXTENSIONS, Files, to_rgb
+from common.distributed import all_reduce, finish, init, is_main, print0, rank, world_size
+from common.knn import extract
+from common.log import Parser, check_args, fail, report
+from common.optim import precision
+
+COSTS = [1.0, 10.0, 100.0, *(0.5**i for i in range(4, 20))]
+FOLDS, MAX_ITER = 3, 2000
+# kernel, stride and padding for the stages of ResNet-50 at 224 pixels, by channels and side of the map
+WINDOWS = {(64, 112): (10, 10, 4), (256, 56): (16, 8), (512, 28): (13, 5), (1024, 14): (8, 3), (2048, 7): (6, 1)}
+
+
+# ----------------------------------------------------------------------------------------------------- arguments
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    parser.add_argument("--pretrained", required=True, help="backbone.pt, last.pt, a published file, or random")
+    parser.add_argument("--data", required=True, help="VOC2007, or the VOCdevkit that holds it")
+    parser.add_argument("--trust-pickle", action="store_true", help="allow --pretrained to run code while it is read")
+    parser.add_argument("--arch", help="of a random initialisation (default: resnet50); a file tells it")
+    parser.add_argument("--width", type=float, help="of a random initialisation (default: 1); a file tells it")
+    parser.add_argument("--image-size", type=int, help="default: that of the file, else 224")
+    parser.add_argument("--features", nargs="+", help="levels: feat1 ... feat5; cls, mean of a ViT (default: all)")
+    parser.add_argument("--full", action="store_true", default=True, help="SVMs on all of trainval")
+    parser.add_argument("--no-full", dest="full", action="store_false", help="leave them out")
+    parser.add_argument("--low-shot", action="store_true", default=True, help="SVMs on k positives per class")
+    parser.add_argument("--no-low-shot", dest="low_shot", action="store_false", help="leave them out")
+    parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 96], help="positives per class")
+    parser.add_argument("--draws", type=int, default=5, help="low-shot samples per k")
+    parser.add_argument("--costs", type=float, nargs="+", default=COSTS, help="SVM costs to choose from")
+    parser.add_argument("--jobs", type=int, default=0, help="solvers per process (0: the cores, shared out)")
+    parser.add_argument("--batch-size", type=int, default=64, help="images per process and forward pass")
+    parser.add_argument("--workers", type=int, default=8, help="loading threads per process")
+    parser.add_argument("--seed", type=int, default=0, help="of draws, solver and random initialisation")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16", "fp64"], default="fp32")
+    parser.add_argument("--out", help="folder of eval_svm.json (default: beside the checkpoint, or runs/random)")
+    args = parser.parse_args(argv)
+    if min(args.k) < 1 or args.draws < 1:
+        parser.error("--k and --draws must be at least 1")
+    if not all(0 < cost < float("inf") for cost in args.costs):
+        parser.error("--costs must be numbers greater than 0")
+    if not (args.full or args.low_shot):
+        parser.error("--no-full and --no-low-shot leave nothing to do")
+    return args
+
+
+# ---------------------------------------------------------------------------------------------------------- data
+def voc(data):
+    """The set behind --data: (image folder, class names, {split: (ids, labels)}).
+
+    labels (N, classes) int8 as VOC writes them: 1 present, -1 absent, 0 only difficult ones.
+    """
+    parents = [Path(data), Path(data) / "VOC2007", *sorted(Path(data).glob("VOC*"))]
+    root = next((p for p in parents if (p / "ImageSets/Main").is_dir()), None)
+    if root is None:
+        fail(f"--data {data}: no ImageSets/Main there nor in a VOC2007 below: give the folder of a set in VOC's layout")
+    lists = root / "ImageSets/Main"
+    names = sorted(p.name.removesuffix("_trainval.txt") for p in lists.glob("*_trainval.txt"))
+    splits = {}
+    if names:
+        for split in ("trainval", "test"):
+            columns = [_class_list(lists / f"{name}_{split}.txt") for name in names]
+            ids = sorted(columns[0])
+            for name, column in zip(names, columns, strict=True):
+                if column.keys() != columns[0].keys():
+                    fail(f"{lists}: {name}_{split}.txt and {names[0]}_{split}.txt name different images")
+            splits[split] = ids, np.array([[column[i] for column in columns] for i in ids], np.int8)
+    else:
+        objects = {split: _annotations(root, lists / f"{split}.txt") for split in ("trainval", "test")}
+        names = sorted({name for found in objects["trainval"].values() for name in found})
+        for split, found in objects.items():
+            ids = sorted(found)
+            splits[split] = ids, np.array([[found[i].get(name, -1) for name in names] for i in ids], np.int8)
+    both = sorted(set(splits["trainval"][0]) & set(splits["test"][0]))
+    if both:
+        fail(f"{lists}: {len(both)} images are in trainval and in test, {both[0]} for one: test must be other images")
+    return root / "JPEGImages", names, splits
+
+
+def _lines(path):
+    if not path.is_file():
+        fail(f"{path} does not exist (VOC2007 comes as two archives: unpack both in one place)")
+    lines = [line.split() for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    if not lines:
+        fail(f"{path} names no image")
+    return lines
+
+
+def _class_list(path):
+    """{id: 1, -1 or 0} from lines 'id label'."""
+    labels = {}
+    for words in _lines(path):
+        if len(words) != 2 or words[1] not in ("1", "-1", "0"):
+            fail(f"{path}: {' '.join(words)!r} is not an image and 1, -1 or 0")
+        labels[words[0]] = int(words[1])
+    return labels
+
+
+def _annotations(root, path):
+    """{id: {name: 1, or 0 if all its objects are difficult}} from the list of a split and Annotations/<id>.xml."""
+    images = {}
+    for words in _lines(path):
+        xml, images[words[0]] = root / "Annotations" / f"{words[0]}.xml", {}
+        try:
+            objects = ElementTree.parse(xml).getroot().findall("object")
+        except (OSError, ElementTree.ParseError) as error:
+            fail(f"{xml}, named in {path.name}, cannot be read: {error}")
+        for item in objects:
+            easy = (item.findtext("difficult") or "0").strip() == "0"
+            name = (item.findtext("name") or "").strip()
+            images[words[0]][name] = max(images[words[0]].get(name, 0), int(easy))
+    return images
+
+
+class Squeezed:
+    """Images of a folder by id: shorter side to size * 256 / 224, then both sides to `size`, whatever the aspect."""
+
+    labels = classes = None
+
+    def __init__(self, folder, ids, size):
+        names = sorted(os.listdir(folder), reverse=True) if folder.is_dir() else []
+        there = {Path(name).stem: name for name in names if name.lower().endswith(EXTENSIONS)}
+        missing = [i for i in ids if i not in there]
+        if missing:
+            fail(f"{folder} lacks {len(missing)} of the {len(ids)} images of a split, the first is {missing[0]}.jpg")
+        self.files, self.size = Files(folder, [there[i] for i in ids]), size
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, i):
+        image, label = self.files[i]
+        image = image if isinstance(image, torch.Tensor) else to_rgb(image)
+        return resize(resize(image, [round(self.size * 256 / 224)]), [self.size, self.size]), label
+
+
+# ------------------------------------------------------------------------------------------------------ features
+def pool_stage(x):
+    """A stage (B, C, H, W) averaged to about 9,000 numbers per image: (B, C, s, s)."""
+    channels, side = x.shape[1], x.shape[2]
+    if (channels, side) in WINDOWS:
+        return F.avg_pool2d(x, *WINDOWS[channels, side])
+    return F.adaptive_avg_pool2d(x, max(1, min(side, math.isqrt(9216 // channels))))
+
+
+class Levels(nn.Module):
+    """A backbone that returns the levels `names` (None: all) side by side: (B, 3, S, S) -> (B, sum of dims)."""
+
+    def __init__(self, backbone, size, names=None):
+        super().__init__()
+        self.backbone = backbone.eval()
+        with torch.no_grad():
+            levels = self.levels(torch.zeros(1, 3, size, size))
+        odd = [name for name in names or [] if name not in levels]
+        if odd:
+            fail(f"--features {odd[0]}: this network has {', '.join(levels)}")
+        self.names = [name for name in levels if not names or name in names]
+        self.dims = [levels[name].shape[1] for name in self.names]
+        self.dim = sum(self.dims)
+
+    def levels(self, x):
+        if hasattr(self.backbone, "stages"):
+            return {f"feat{i}": pool_stage(x).flatten(1) for i, x in enumerate(self.backbone.stages(x), 1)}
+        tokens = self.backbone.tokens(x)
+        mean = {"mean": self.backbone.fc_norm(tokens[:, 1:].mean(1))}
+        return {"cls": tokens[:, 0], **mean} if self.backbone.pool == "cls" else mean  # else it was never trained
+
+    def forward(self, x):
+        levels = self.levels(x)
+        return torch.cat([levels[name] for name in self.names], 1)
+
+
+def normalise(features):
+    """(N, D) -> float64 rows x / (|x| + 1e-5)."""
+    if features.device.type == "mps":  # has no float64
+        features = features.cpu()
+    features = features.double()
+    return features / (features.norm(dim=1, keepdim=True) + 1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------- SVMs
+class Triangle:
+    """Rows (n, r) with the inner products `gram` (n, n): its Cholesky factor, pivoted, so that it may be singular.
+
+    Rotating all rows changes neither the objective of a linear SVM (the bias is a coordinate of its own) nor any step
+    of coordinate descent, which sees weights and rows in inner products only. In these coordinates a row has at most n
+    numbers instead of thousands, on average half of them zeros, which liblinear skips.
+    """
+
+    def __init__(self, gram):
+        lower, pivot, rank, _ = linalg.lapack.dpstrf(gram, lower=1)
+        self.lower, self.pivot = np.tril(lower[:, :rank]), pivot - 1
+        self.rows = np.empty(self.lower.shape)
+        self.rows[self.pivot] = self.lower
+
+    def dual(self, weights):
+        """(c, r) weights -> (n, c) coefficients a: the weights are the sum of a_i times row i."""
+        rank = weights.shape[1]
+        dual = np.zeros((len(self.lower), len(weights)))
+        dual[self.pivot[:rank]] = linalg.solve_triangular(self.lower[:rank], weights.T, lower=True, trans="T")
+        return dual
+
+
+def decisions(x, gram, rows, positive, costs, at, seed, triangle=None):
+    """Decision values (costs, len(at)) at images `at` of SVMs trained on images `rows`, and how many did not converge.
+
+    positive (len(rows),) bool. x (N + M, D): trainval and test; or, where trainval has fewer rows than columns, None
+    and gram = x @ x[:N].T (N + M, N). triangle: that of gram[rows][:, rows], if it is known.
+    """
+    if gram is None:
+        train = x[rows]
+    else:
+        triangle = triangle or Triangle(gram[np.ix_(rows, rows)])
+        train = triangle.rows
+    svm = LinearSVC(class_weight={1: 2, -1: 1}, tol=1e-4, dual=True, max_iter=MAX_ITER, random_state=seed)
+    weights, bias, capped = [], [], 0
+    for cost in costs:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # counted instead
+            svm.set_params(C=cost).fit(train, np.where(positive, 1, -1))
+        weights.append(svm.coef_[0])
+        bias.append(svm.intercept_[0])
+        capped += svm.n_iter_ >= MAX_ITER
+    weights, bias = np.stack(weights), np.array(bias)[:, None]
+    if gram is None:
+        return weights @ x[at].T + bias, capped
+    return (gram[np.ix_(at, rows)] @ triangle.dual(weights)).T + bias, capped
+
+
+def average_precision(scores, positive):
+    """Area under the monotone envelope of precision over recall, at all recalls. NaN without a positive."""
+    if not positive.any():
+        return np.nan
+    order = np.argsort(-scores, kind="stable")
+    last = np.append(np.diff(scores[order]) != 0, True)  # equal scores pass a threshold together
+    hits = np.cumsum(positive[order])[last]
+    precision = hits / (np.flatnonzero(last) + 1)
+    envelope = np.maximum.accumulate(precision[::-1])[::-1]
+    return float(np.diff(hits, prepend=0) @ envelope / positive.sum())
+
+
+def cross_validate(x, gram, positive, fold, costs, seed):
+    """scikit-learn's average precision of each cost on one of the folds, and the number of fits at the limit."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # fewer positives than folds
+        rows, at = list(StratifiedKFold(FOLDS).split(positive, positive))[fold]
+    if not positive[at].any() or len(set(positive[rows])) < 2:
+        return [np.nan] * len(costs) + [0]
+    scores, capped = decisions(x, gram, rows, positive[rows], costs, at, seed)
+    return [*(average_precision_score(positive[at], s) for s in scores), capped]
+
+
+def test(x, gram, triangle, positive, cost, at, truth, seed):
+    """AP on the images `at` of the SVM trained on all of trainval."""
+    scores, capped = decisions(x, gram, np.arange(len(positive)), positive, [cost], at, seed, triangle)
+    return [average_precision(scores[0], truth), capped]
+
+
+def low_shot(x, gram, rows, positive, costs, parts, seed):
+    """AP of each cost on each of `parts`, which are pairs (images, truth), and the number of fits at the limit."""
+    scores, capped = decisions(x, gram, rows, positive, costs, np.concatenate([at for at, _ in parts]), seed)
+    scores = np.split(scores, np.cumsum([len(at) for at, _ in parts])[:-1], axis=1)
+    pairs = zip(scores, parts, strict=True)
+    return [*(average_precision(s, truth) for values, (_, truth) in pairs for s in values), capped]
+
+
+def draw(labels, k, number, which, seed):
+    """Low-shot sample `number` of class `which`, labels (N,): the sorted rows of k positives and 19 k negatives."""
+    u = uniforms(seed, k, np.arange(len(labels)), 100 + which, number + 1)[:, number]
+    order = np.argsort(u)
+    chosen = [order[labels[order] == value][:most] for value, most in ((1, k), (-1, 19 * k))]
+    return np.sort(np.concatenate(chosen))
+
+
+def solve(function, jobs, width, workers, what):
+    """(len(jobs), width): the rows function(*job), on every process, whichever process did which.
+
+    In processes, not threads: liblinear releases the interpreter lock but keeps one random generator for all threads,
+    so that the order of their draws, and with it the last digits, would depend on timing. Large arrays are mapped into
+    the workers' memory, not copied.
+    """
+    mine = range(rank(), len(jobs), world_size())
+    table = torch.zeros(len(jobs), width, dtype=torch.float64)
+    rows = Parallel(n_jobs=workers, return_as="generator")(delayed(function)(*jobs[i]) for i in mine)
+    bar = tqdm(rows, what, len(mine), leave=False, disable=not (is_main() and sys.stderr.isatty()))
+    for i, row in zip(mine, bar, strict=True):
+        table[i] = torch.tensor(row)
+    if world_size() > 1 and torch.distributed.get_backend() == "nccl":
+        table = table.cuda()
+    return all_reduce(table).cpu().numpy()
+
+
+# ---------------------------------------------------------------------------------------------------- evaluation
+def evaluate_full(name, x, gram, train, test_labels, args, workers):
+    """train (N, classes), test_labels (M, classes). Returns {"map", "cv_map", "ap", "cost"}; lists over classes."""
+    (n, classes), positive = train.shape, train == 1
+    jobs = [(x, gram, positive[:, c], fold, args.costs, args.seed) for c in range(classes) for fold in range(FOLDS)]
+    table = solve(cross_validate, jobs, len(args.costs) + 1, workers, f"{name} cross-validation")
+    folds = table[:, :-1].reshape(classes, FOLDS, -1)
+    valid = ~np.isnan(folds)
+    cv = np.where(valid, folds, 0).sum(1) / np.maximum(1, valid.sum(1))
+    costs = [args.costs[i] for i in cv.argmax(1)]
+
+    triangle = None if gram is None else Triangle(gram[:n])
+    jobs = []
+    for c in range(classes):
+        at = np.flatnonzero(test_labels[:, c])
+        truth = test_labels[at, c] == 1
+        jobs.append((x, gram, triangle, positive[:, c], costs[c], n + at, truth, args.seed))
+    tested = solve(test, jobs, 2, workers, f"{name} test")
+    warn_capped(name, table[:, -1].sum() + tested[:, -1].sum(), valid.sum() + classes)
+    return {
+        "map": round(100 * tested[:, 0].mean(), 3),
+        "cv_map": round(100 * cv.max(1).mean(), 3),
+        "ap": (100 * tested[:, 0]).round(3).tolist(),
+        "cost": costs,
+    }
+
+
+def evaluate_low_shot(name, x, gram, train, test_labels, ks, args, workers):
+    """{k: {"test": figures with the cost chosen on the test set, "trainval": on the images not drawn, or None}}."""
+    (n, classes), costs = train.shape, len(args.costs)
+    cases = [(k, number, c) for k in sorted(ks, reverse=True) for number in range(args.draws) for c in range(classes)]
+    jobs = []
+    for k, number, c in cases:  # the longest first, so that all solvers end together
+        rows = draw(train[:, c], k, number, c, args.seed)
+        at, rest = np.flatnonzero(test_labels[:, c]), np.setdiff1d(np.flatnonzero(train[:, c]), rows)
+        parts = [(n + at, test_labels[at, c] == 1), (rest, train[rest, c] == 1)]
+        jobs.append((x, gram, rows, train[rows, c] == 1, args.costs, parts, args.seed))
+    table = solve(low_shot, jobs, 2 * costs + 1, workers, f"{name} low-shot")
+    warn_capped(name, table[:, -1].sum(), len(jobs) * costs)
+    table = table[:, :-1].reshape(-1, args.draws, classes, 2, costs)
+    found = {}
+    for k, values in zip(sorted(ks, reverse=True), 100 * table, strict=True):
+        on_test, on_rest = values[:, :, 0], values[:, :, 1]
+        on_rest = on_rest[:, ~np.isnan(on_rest).any((0, 2))]  # classes with a positive left to judge by
+        found[k] = {"test": figures(on_test.mean(1), on_test.mean((0, 1)), args.costs), "trainval": None}
+        if on_rest.shape[1]:
+            found[k]["trainval"] = figures(on_test.mean(1), on_rest.mean((0, 1)), args.costs)
+    return dict(sorted(found.items()))
+
+
+def figures(maps, criterion, costs):
+    """mAP over the draws at the cost that is best by `criterion` (costs,). maps (draws, costs)."""
+    best = int(criterion.argmax())
+    maps = maps[:, best]
+    return {
+        "cost": costs[best],
+        "mean": round(maps.mean(), 3),
+        "min": round(maps.min(), 3),
+        "max": round(maps.max(), 3),
+        "std": round(maps.std(), 3),  # of the draws, as a population
+        "maps": maps.round(3).tolist(),
+    }
+
+
+def usable(classes, train, tested):
+    """The same without the classes that cannot be trained or scored; a line names each."""
+    kept = []
+    for c, name in enumerate(classes):
+        needs = {"positive trainval": train[:, c] == 1, "negative trainval": train[:, c] == -1}
+        needs["positive test"] = tested[:, c] == 1
+        lacks = [what for what, there in needs.items() if not there.any()]
+        kept += [] if lacks else [c]
+        if lacks:
+            print0(f"left out    class {name}: it has no {' and no '.join(lacks)} image")
+    return [classes[c] for c in kept], train[:, kept], tested[:, kept]
+
+
+def shots(classes, train, ks):
+    """Those of `ks` for which every class has enough positives. Lines tell what is short."""
+    positives, negatives = (train == 1).sum(0), (train == -1).sum(0)
+    kept, fewest = [k for k in ks if k <= positives.min()], positives.argmin()
+    if len(kept) < len(ks):
+        left = ", ".join(map(str, ks[len(kept) :]))
+        print0(f"left out    k {left}: class {classes[fewest]} has {positives[fewest]} positive trainval images")
+    for name, number in zip(classes, negatives, strict=True):
+        if kept and number < 19 * kept[-1]:
+            print0(f"low-shot    class {name} has {number} negatives: all of them serve where 19 k is more")
+    return kept
+
+
+def show(found):
+    """Prints the low-shot table."""
+    print0(f"{'':6}{'cost chosen on test, as published':^48}   {'chosen on trainval images not drawn':^48}")
+    print0(f"{'k':<6}" + "   ".join([f"{'mean':>8}{'min':>8}{'max':>8}{'std':>8}{'cost':>16}"] * 2))
+    for k, row in found.items():
+        halves = []
+        for part in row.values():
+            if part is None:
+                halves.append("no class has a positive left")
+            else:
+                numbers = "".join(f"{part[key]:8.2f}" for key in ("mean", "min", "max", "std"))
+                halves.append(f"{numbers}{part['cost']:>16.7g}")
+        print0(f"{k:<6}" + "   ".join(halves))
+
+
+def warn_capped(name, capped, fits):
+    if capped:
+        limit = f"stopped at {MAX_ITER:,} iterations, the published limit"
+        print0(f"{name:<11} {capped:,.0f} of {fits:,} fits {limit}")
+
+
+def main(args):
+    device = init(args.device)
+    check_args(args)
+    folder, classes, splits = voc(args.data)
+    (train_ids, train), (test_ids, tested) = splits["trainval"], splits["test"]
+    classes, train, tested = usable(classes, train, tested)
+    if not classes or len(train) < 2 * FOLDS:
+        fail(f"--data {args.data}: {len(train)} trainval images and {len(classes)} usable classes are too few")
+    ks = shots(classes, train, sorted(set(args.k))) if args.low_shot else []
+    if not (ks or args.full):
+        fail(f"--k {' '.join(map(str, args.k))}: too many for this set, ask for fewer positives")
+
+    backbone, meta = load_backbone(
+        args.pretrained, args.arch, args.width, args.image_size, args.seed, args.trust_pickle
+    )
+    size = meta["image_size"]
+    model = Levels(backbone, size, args.features)
+    amp, _, dtype = precision(args.precision, device)
+    model = model.to(device, dtype, memory_format=torch.channels_last)
+    view = EvalView(size, resize=size, mean=tuple(meta["mean"]), std=tuple(meta["std"]))
+    data = f"{len(train):,} trainval, {len(tested):,} test images, {len(classes)} classes, {size} px"
+    chance = 100 * ((tested == 1).sum(0) / (tested != 0).sum(0)).mean()
+    print0(f"data        {args.data}: {data}, mAP of chance {chance:.2f}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    workers = args.jobs or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+    clock = time.perf_counter()
+    parts = []
+    for ids in (train_ids, test_ids):
+        dataset = Squeezed(folder, ids, size)
+        parts.append(extract(model, dataset, view, device, args.workers, args.batch_size, amp)[0])
+    levels = dict(zip(model.names, torch.cat(parts).split(model.dims, 1), strict=True))
+    print0(f"features    {', '.join(f'{k} {v.shape[1]:,}' for k, v in levels.items())} ({_since(clock)})")
+
+    def prepare(name):
+        """(x, gram) as `decisions` takes them."""
+        x = normalise(levels[name])
+        if len(train) < x.shape[1]:
+            return None, (x @ x[: len(train)].T).cpu().numpy()
+        return x.cpu().numpy(), None
+
+    result = {"pretrained": str(args.pretrained), "data": args.data}
+    result |= {k: meta[k] for k in ("method", "arch", "width")}
+    result |= {"image_size": size, "train": len(train), "test": len(tested), "chance": round(chance, 3)}
+    result |= {"seed": args.seed, "costs": args.costs}
+    chosen = list(levels)
+    if args.full:
+        rows = {}
+        for name in levels:
+            clock = time.perf_counter()
+            row = rows[name] = evaluate_full(name, *prepare(name), train, tested, args, workers)
+            figure = f"mAP {row['map']:6.2f}   cross-validated {row['cv_map']:6.2f}"
+            print0(f"{name:<11} {levels[name].shape[1]:>6,} numbers   {figure}   ({_since(clock)})")
+            row["ap"], row["cost"] = (dict(zip(classes, row[key], strict=True)) for key in ("ap", "cost"))
+        best, preferred = (max(rows, key=lambda n: rows[n][key]) for key in ("map", "cv_map"))
+        text = f"best {best} {rows[best]['map']:.2f}; by cross-validation {preferred} {rows[preferred]['map']:.2f}"
+        print0(f"{'level':<11} {text}")
+        result |= {"svm": rows, "best": best, "map": rows[best]["map"]}
+        result |= {"preferred": preferred, "preferred_map": rows[preferred]["map"]}
+        chosen = [preferred]
+    if ks:
+        result["low_shot"] = {}
+        for name in chosen:
+            clock = time.perf_counter()
+            found = evaluate_low_shot(name, *prepare(name), train, tested, ks, args, workers)
+            result["low_shot"][name] = {str(k): row for k, row in found.items()}
+            print0(f"low-shot    {name}, {args.draws} draws ({_since(clock)})")
+            show(found)
+    report(args, "svm", result)
+    finish()
+    return result
+
+
+def _since(clock):
+    return f"{time.perf_counter() - clock:.0f} s"
+
+
+if __name__ == "__main__":
+    main(parse_args(sys.argv[1:]))

@@ -1,0 +1,561 @@
+"""The loader: every published layout gives the features of the network it was written from, all else one line."""
+
+import argparse
+import copy
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import eval_knn
+from common.checkpoint import IMAGENET, init_from, load_backbone, save, save_run
+from common.resnet import resnet
+from common.vit import ViT, vit
+
+
+def lively(network, seed=0):
+    """All parameters and statistics away from their initial values, so that no tensor may be missed."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, value in network.state_dict().items():
+        if value.is_floating_point() and "pos_embed" not in name:
+            value.add_(torch.rand(value.shape, generator=generator) * 0.1 - 0.05)
+    return network.eval()
+
+
+RESNET = lively(resnet("resnet50", 0.0625, 224))
+BASIC = lively(resnet("resnet18", 0.125, 224))
+STEM = lively(resnet("resnet18", 0.125, 32))
+NO_RELU = copy.deepcopy(STEM)
+NO_RELU.relu = nn.Identity()  # what nn.Sequential(*children) leaves of lightly's ResNet, whose ReLU is a function
+VIT = lively(vit("vit_tiny", 32, patch_size=8, depth=2))
+SMALL = lively(ViT(384, 1, 12, 8, 32, "sincos-yx"))
+IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def under(prefix, network, change=0.0):
+    """The network's tensors with a prefix; a changed copy is what must not be taken for it."""
+    return {prefix + k: v + change if v.is_floating_point() else v for k, v in network.state_dict().items()}
+
+
+def head(*names):
+    return {name: torch.ones(3) for name in names}
+
+
+def renamed(network, *pairs):
+    result = {}
+    for name, value in network.state_dict().items():
+        for old, new in pairs:
+            name = name.replace(old, new)
+        result[name] = value
+    return result
+
+
+def mmcls(network):
+    """Names of mmcls, whose final norm is called as the first one of a block is."""
+    pairs = [("patch_embed.proj.", "patch_embed.projection."), ("blocks.", "layers."), ("mlp.fc1", "ffn.layers.0.0")]
+    pairs += [("mlp.fc2", "ffn.layers.1"), (".norm1.", ".ln1."), (".norm2.", ".ln2.")]
+    names = renamed(network, *pairs)
+    return {("ln1." + k.removeprefix("norm.") if k.startswith("norm.") else k): v for k, v in names.items()}
+
+
+def children(network):
+    """nn.Sequential(*list(torchvision.models.resnet18().children())[:-1]): 2 is the ReLU, 3 the pooling, 8 the mean."""
+    pairs = [("layer1.", "4."), ("layer2.", "5."), ("layer3.", "6."), ("layer4.", "7.")]
+    names = renamed(network, *pairs)
+    return {
+        ("0.weight" if k == "conv1.weight" else k.replace("bn1.", "1.", k.startswith("bn1."))): v
+        for k, v in names.items()
+    }
+
+
+def lightly(network):
+    """lightly's own ResNet as such a sequence: no modules for ReLU and pooling, and another name of the shortcut."""
+    names = children(network)
+    moved = {"4": "2", "5": "3", "6": "4", "7": "5"}
+    return {
+        ".".join([moved.get(k.split(".")[0], k.split(".")[0]), *k.split(".")[1:]]).replace("downsample", "shortcut"): v
+        for k, v in names.items()
+    }
+
+
+def prefixed(prefix, weights):
+    return {prefix + k: v for k, v in weights.items()}
+
+
+LIGHTNING = {
+    "epoch": 1,
+    "global_step": 2,
+    "pytorch-lightning_version": "2.0",
+    "loops": {},
+    "hyper_parameters": {"a": 1},
+}
+ARGS = argparse.Namespace(lr=np.float64(0.1), out=Path("a/b"), flag=np.bool_(True), n=np.int64(3))
+
+# name of the layout in the printed line, the network, and a file as its authors write it
+FILES = {
+    "moco": ("MoCo", RESNET, {
+        "epoch": 200, "arch": "resnet50", "optimizer": {"state": {}},
+        "state_dict": under("module.encoder_q.", RESNET) | under("module.encoder_k.", RESNET, 1.0)
+        | head("module.encoder_q.fc.0.weight", "module.encoder_q.fc.2.bias", "module.queue"),
+    }),
+    "mocov3 resnet": ("MoCo v3", RESNET, {
+        "state_dict": under("module.base_encoder.", RESNET) | under("module.momentum_encoder.", RESNET, 1.0)
+        | head("module.base_encoder.fc.0.weight", "module.predictor.0.weight"),
+    }),
+    "mocov3 vit": ("MoCo v3", SMALL, {
+        "state_dict": under("module.momentum_encoder.", SMALL, 1.0) | under("module.base_encoder.", SMALL)
+        | head("module.base_encoder.head.0.weight", "module.predictor.0.weight"),
+    }),
+    "simsiam": ("SimSiam", BASIC, {
+        "state_dict": under("module.encoder.", BASIC)
+        | head("module.encoder.fc.6.bias", "module.predictor.0.weight"),
+    }),
+    "swav": ("SwAV", BASIC, under("module.", BASIC)
+        | head("module.projection_head.0.weight", "module.prototypes.weight")),
+    "swav flat": ("SwAV", BASIC, under("", BASIC) | head("projection_head.0.weight", "prototypes.weight")),
+    "swav training": ("SwAV", BASIC, {
+        "state_dict": under("module.", BASIC) | head("module.prototypes.weight"), "epoch": 3,
+    }),
+    "barlowtwins": ("Barlow Twins", BASIC, {
+        "epoch": 1, "optimizer": {},
+        "model": under("module.backbone.", BASIC) | head("module.projector.0.weight", "module.bn.running_mean"),
+    }),
+    "directclr": ("DirectCLR", BASIC, {
+        "model": under("module.backbone.", BASIC) | head("module.online_head.weight"),
+    }),
+    "feature transformation": ("Feature Transformation", BASIC, {
+        "model": under("module.encoder.", BASIC) | head("module.head.0.weight"),
+        "model_ema": under("encoder.", BASIC, 1.0),
+    }),
+    "dino backbone": ("timm", VIT, under("", VIT)),
+    "dino full": ("DINO", VIT, {
+        "student": under("module.backbone.", VIT, 1.0) | head("module.head.mlp.0.weight"),
+        "teacher": under("backbone.", VIT) | head("head.mlp.0.weight", "head.last_layer.weight_g"),
+        "args": ARGS, "epoch": 1, "dino_loss": head("center"),
+    }),
+    "dino full resnet": ("DINO", BASIC, {
+        "student": under("module.backbone.", BASIC, 1.0), "teacher": under("module.backbone.", BASIC), "args": ARGS,
+    }),
+    "mae": ("timm", VIT, {"model": under("", VIT)}),
+    "mae with decoder": ("MAE", VIT, {
+        "model": under("", VIT) | head("mask_token", "decoder_pos_embed", "decoder_embed.weight")
+        | head("decoder_blocks.0.attn.qkv.weight", "decoder_norm.weight", "decoder_pred.bias"),
+        "args": ARGS, "scaler": {},
+    }),
+    "mmselfsup resnet": ("MMSelfSup", RESNET, {
+        "meta": {"epoch": 1, "config": "text"},
+        "state_dict": under("backbone.", RESNET) | under("encoder_q.0.", RESNET) | under("encoder_k.0.", RESNET, 1.0)
+        | head("queue", "neck.mlp.0.weight"),
+    }),
+    "mmselfsup vit": ("MMSelfSup", VIT, {
+        "meta": {},
+        "state_dict": prefixed("backbone.", mmcls(VIT)) | head("neck.decoder_embed.weight", "backbone.mask_token"),
+    }),
+    "mmselfsup mocov3": ("MMSelfSup, MoCo v3", SMALL, {
+        "meta": {}, "state_dict": prefixed("backbone.", mmcls(SMALL)) | prefixed("base_encoder.0.", mmcls(SMALL)),
+    }),
+    "mmselfsup extracted": ("mmcls", VIT, {"state_dict": mmcls(VIT), "author": "x"}),
+    "solo-learn": ("solo-learn", BASIC, LIGHTNING | {
+        "state_dict": under("backbone.", BASIC) | under("momentum_backbone.", BASIC, 1.0)
+        | head("classifier.weight", "projector.0.weight"),
+    }),
+    "solo-learn, older": ("solo-learn", BASIC, LIGHTNING | {
+        "state_dict": under("encoder.", BASIC) | head("classifier.weight", "predictor.0.weight"),
+    }),
+    "lightly": ("lightly", STEM, LIGHTNING | {
+        "state_dict": under("backbone.", STEM) | head("projection_head.layers.0.weight", "online_classifier.weight"),
+    }),
+    "lightly, sequence": ("lightly", STEM, LIGHTNING | {"state_dict": prefixed("backbone.", children(STEM))}),
+    "lightly, own resnet": ("lightly", NO_RELU, LIGHTNING | {"state_dict": prefixed("backbone.", lightly(STEM))}),
+    "lightly, vit": ("lightly", VIT, LIGHTNING | {
+        "state_dict": under("backbone.vit.", VIT) | head("backbone.mask_token", "decoder.mask_token"),
+    }),
+    "timm resnet": ("torchvision", STEM, under("", STEM) | head("fc.weight", "fc.bias")),
+    "timm vit": ("timm", VIT, under("", VIT) | head("head.weight", "head.bias")),
+    "torchvision references": ("torchvision", BASIC, {"model": under("", BASIC) | head("fc.weight"), "args": ARGS}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_published_layout(name, tmp_path, capsys):
+    """Bit for bit the features of the network, so every tensor is in its place, and no momentum copy was taken."""
+    layout, network, content = FILES[name]
+    torch.save(content, tmp_path / "file.pth")
+    backbone, meta = load_backbone(tmp_path / "file.pth")
+    assert torch.equal(backbone.eval()(IMAGES), network(IMAGES))
+    out = capsys.readouterr().out
+    count = len(network.state_dict())
+    assert f": {layout}, {meta['arch']}" in out and f"tensors matched {count}/{count}\n" in out
+    assert "normalised  with ImageNet's" in out and meta["mean"] == IMAGENET["mean"]
+    if network is RESNET:
+        assert (meta["arch"], meta["width"], meta["image_size"]) == ("resnet50", 0.0625, 224)
+    elif network is BASIC:
+        assert (meta["arch"], meta["width"], meta["image_size"]) == ("resnet18", 0.125, 224) and "stem" not in out
+    elif network in (STEM, NO_RELU):
+        assert (meta["arch"], meta["width"], meta["image_size"]) == ("resnet18", 0.125, 32) and "3x3 stem" in out
+    else:
+        assert meta["heads"] == network.heads and meta["depth"] == len(network.blocks) and meta["patch_size"] == 8
+        assert f"{network.heads} heads (assumed" in out and meta["image_size"] == 32
+
+
+def test_files_of_old_torch(tmp_path):
+    """The format before zip files, half precision, and batch norms that did not count."""
+    content = {k: v.half() for k, v in under("module.", RESNET).items() if "num_batches" not in k}
+    torch.save({"state_dict": content}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    backbone, _ = load_backbone(tmp_path / "old.pth")
+    assert backbone.conv1.weight.dtype == torch.float32
+    torch.testing.assert_close(backbone.eval()(IMAGES), RESNET(IMAGES), rtol=0.05, atol=0.05)
+    assert backbone.bn1.num_batches_tracked == 0
+
+
+def test_torchvision_networks(tmp_path):
+    """Against torchvision's own forward pass."""
+    torch.manual_seed(0)
+    theirs = lively(torchvision.models.resnet18())
+    torch.save(theirs.state_dict(), tmp_path / "tv.pth")
+    ours, meta = load_backbone(tmp_path / "tv.pth")
+    theirs.fc = nn.Identity()
+    torch.testing.assert_close(ours.eval()(IMAGES), theirs(IMAGES), rtol=1e-4, atol=1e-4)
+    assert meta["arch"] == "resnet18" and meta["width"] == 1
+    theirs = torchvision.models.VisionTransformer(32, 8, 2, 3, 192, 768)
+    nn.init.normal_(theirs.encoder.pos_embedding)
+    lively(theirs)
+    content = theirs.state_dict()
+    theirs.heads = nn.Identity()
+    first_release = {k.replace("mlp.0", "mlp.linear_1").replace("mlp.3", "mlp.linear_2"): v for k, v in content.items()}
+    for weights in (content, first_release):
+        torch.save(weights, tmp_path / "tv.pth")
+        ours, meta = load_backbone(tmp_path / "tv.pth")
+        torch.testing.assert_close(ours.eval()(IMAGES), theirs(IMAGES), rtol=1e-4, atol=1e-4)
+        assert meta["positions"] == "learned" and ours.pos_embed.requires_grad
+
+
+def test_children_are_numbered_as_torchvision_numbers_them(tmp_path):
+    theirs = lively(torchvision.models.resnet18())
+    sequence = nn.Sequential(*list(theirs.children())[:-1])
+    torch.save({"state_dict": prefixed("backbone.", sequence.state_dict())}, tmp_path / "a.ckpt")
+    ours, _ = load_backbone(tmp_path / "a.ckpt")
+    torch.testing.assert_close(ours.eval()(IMAGES), sequence(IMAGES).flatten(1), rtol=1e-4, atol=1e-4)
+
+
+def test_stem_of_solo_learn_is_padded_by_two(tmp_path):
+    """Its small stem: Conv2d(3, 64, 3, stride 1, padding 2), so the map is two pixels larger than the image."""
+    torch.save({"state_dict": under("backbone.", STEM) | head("classifier.weight")}, tmp_path / "a.ckpt")
+    backbone, _ = load_backbone(tmp_path / "a.ckpt")
+    assert backbone.stages(IMAGES)[0].shape[-2:] == (34, 34) and STEM.stages(IMAGES)[0].shape[-2:] == (32, 32)
+
+
+def test_flags_that_agree_with_the_file(tmp_path):
+    torch.save(resnet("resnet18", 0.5, 32).state_dict(), tmp_path / "half.pth")
+    backbone, meta = load_backbone(tmp_path / "half.pth", arch="resnet18", width=0.5)
+    assert meta["width"] == 0.5 and backbone.dim == 256
+
+
+# ------------------------------------------------------------------------------------------------------- heads
+def test_number_of_heads_comes_from_layout_and_table(tmp_path, capsys):
+    """Twelve heads and six have the same tensors and different features. Without its layout, MoCo v3's ViT-S is known
+    by its table of positions; with any other table the usual six are taken, and that is said."""
+    six = ViT(384, 1, 6, 8, 32, "sincos-yx")
+    six.load_state_dict(SMALL.state_dict())
+    assert not torch.allclose(six(IMAGES), SMALL(IMAGES), atol=1e-3)
+    torch.save(under("", SMALL), tmp_path / "flat.pth")
+    backbone, meta = load_backbone(tmp_path / "flat.pth")
+    assert meta["heads"] == 12 and meta["positions"] == "sincos-yx" and torch.equal(backbone(IMAGES), SMALL(IMAGES))
+    torch.save(under("", lively(ViT(384, 1, 6, 8, 32, "sincos-xy"))), tmp_path / "flat.pth")
+    _, meta = load_backbone(tmp_path / "flat.pth")
+    assert meta["heads"] == 6 and meta["positions"] == "sincos-xy"
+    assert "6 heads (assumed from layout and dimension: the tensors do not show it)" in capsys.readouterr().out
+
+
+def test_dimension_without_a_usual_number_of_heads(tmp_path, capsys):
+    torch.save(lively(ViT(96, 1, 3, 8, 32)).state_dict(), tmp_path / "a.pth")
+    assert "number of heads" in refused(capsys, tmp_path / "a.pth")
+    _, meta = load_backbone(tmp_path / "a.pth", arch="vit_tiny")
+    assert meta["heads"] == 3 and meta["width"] == 0.5
+    torch.save(lively(ViT(128, 1, 2, 8, 32)).state_dict(), tmp_path / "b.pth")
+    assert load_backbone(tmp_path / "b.pth")[1]["heads"] == 2
+
+
+def test_huge_has_sixteen_heads_of_eighty(tmp_path):
+    torch.save({"model": ViT(1280, 1, 16, 14, 28, mlp_ratio=0.5).state_dict()}, tmp_path / "h.pth")
+    backbone, meta = load_backbone(tmp_path / "h.pth")
+    assert (meta["arch"], meta["heads"], meta["patch_size"], backbone.blocks[0].attn.heads) == ("vit_huge", 16, 14, 16)
+
+
+def test_mean_pooling_and_layer_scale_show_in_the_names(tmp_path):
+    network = lively(ViT(192, 2, 3, 8, 32, "learned", "mean", mlp_ratio=3, layer_scale=0.1))
+    torch.save({"model": under("", network) | head("head.weight")}, tmp_path / "finetuned.pth")
+    backbone, meta = load_backbone(tmp_path / "finetuned.pth")
+    assert meta["pool"] == "mean" and torch.equal(backbone(IMAGES), network(IMAGES))
+
+
+def test_positions_of_another_grid_are_resized(tmp_path, capsys):
+    """What the network does by itself with larger images."""
+    torch.save({"model": VIT.state_dict()}, tmp_path / "a.pth")
+    larger = torch.rand(2, 3, 48, 48)
+    backbone, meta = load_backbone(tmp_path / "a.pth", image_size=48)
+    assert backbone.grid == (6, 6) and meta["image_size"] == 48 and backbone.pos_embed.shape == (1, 37, 192)
+    torch.testing.assert_close(backbone(larger), VIT(larger), rtol=1e-5, atol=1e-5)
+    assert "4 x 4 patches resized to 6 x 6" in capsys.readouterr().out
+    assert "--image-size 50" in refused(capsys, tmp_path / "a.pth", image_size=50)
+
+
+# --------------------------------------------------------------------------------------------------- our files
+class Method(nn.Module):
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone, self.projector = backbone, nn.Linear(backbone.dim, 3)
+
+
+@pytest.mark.parametrize(
+    "arch, width, build",
+    [
+        ("resnet34", 0.3, lambda: resnet("resnet34", 0.3, 16)),  # a width that the channels alone do not give back
+        ("resnet18", 0.125, lambda: resnet("resnet18", 0.125, 32, input_filter=torch.rand(2, 3, 5, 5))),
+        ("vit_tiny", 0.25, lambda: vit("vit_tiny", 32, 0.25, patch_size=4, depth=2, heads=6, positions="learned")),
+        ("vit_small", 0.25, lambda: vit("vit_small", 32, 0.25, patch_size=8, depth=1, pool="mean")),
+    ],
+)
+def test_our_files(arch, width, build, tmp_path, capsys):
+    model = Method(lively(build()))
+    args = argparse.Namespace(arch=arch, width=width, image_size=32, out=str(tmp_path))
+    none = argparse.Namespace(state_dict=dict)
+    recipe = argparse.Namespace(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    save_run(args, 3, 10, model, none, none, model.backbone, recipe)
+    for name in ("backbone.pt", "last.pt"):
+        backbone, meta = load_backbone(tmp_path / name)
+        assert torch.equal(backbone.eval()(IMAGES), model.backbone(IMAGES))
+        assert meta["method"] == "method" and meta["arch"] == arch and meta["width"] == width
+        assert meta["mean"] == [0.1, 0.2, 0.3] and meta["std"] == [0.4, 0.5, 0.6]
+        assert meta == torch.load(tmp_path / name, weights_only=True)["meta"]
+    out = capsys.readouterr().out
+    assert "assumed" not in out and "normalised" not in out
+    assert f"--width 2.0: {tmp_path}/last.pt holds width {width}" in refused(capsys, tmp_path / "last.pt", width=2.0)
+
+
+def test_random_initialisation_depends_on_the_seed_only():
+    for arch, size in (("resnet18", 32), ("vit_tiny", 32)):
+        a, meta = load_backbone("random", arch, 0.25 if arch == "resnet18" else None, size, seed=5)
+        b, _ = load_backbone("random", arch, 0.25 if arch == "resnet18" else None, size, seed=5)
+        assert meta["method"] == "random" and meta["image_size"] == size and meta["std"] == IMAGENET["std"]
+        assert torch.equal(a.eval()(IMAGES), b.eval()(IMAGES))
+    assert meta["heads"] == 3 and meta["patch_size"] == 4
+
+
+# ------------------------------------------------------------------------------------------------------ --init
+def test_init_reads_the_same_files(tmp_path, capsys):
+    model = Method(resnet("resnet18", 0.125, 32))
+    projector = model.projector.weight.clone()
+    torch.save({"state_dict": under("module.encoder_q.", STEM)}, tmp_path / "moco.pth")
+    init_from(tmp_path / "moco.pth", model)
+    assert torch.equal(model.eval().backbone(IMAGES), STEM(IMAGES)) and torch.equal(model.projector.weight, projector)
+    assert f"{len(STEM.state_dict())} of {len(model.state_dict())} tensors" in capsys.readouterr().out
+
+
+def test_init_takes_heads_from_a_run_and_never_part_of_a_backbone(tmp_path, capsys):
+    old = lively(Method(resnet("resnet18", 0.125, 32)))
+    save(
+        tmp_path / "last.pt", {"model": old.state_dict(), "backbone_prefix": "backbone.", "meta": {"arch": "resnet18"}}
+    )
+    new = Method(resnet("resnet18", 0.125, 32))
+    init_from(tmp_path / "last.pt", new)
+    assert all(torch.equal(v, old.state_dict()[k]) for k, v in new.state_dict().items())
+    wide = Method(resnet("resnet18", 0.25, 32))
+    before = {k: v.clone() for k, v in wide.state_dict().items()}
+    with pytest.raises(SystemExit) as stop:
+        init_from(tmp_path / "last.pt", wide)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "--init" in error and "conv1.weight (8, 3, 3, 3) instead of (16, 3, 3, 3)" in error
+    assert all(torch.equal(v, before[k]) for k, v in wide.state_dict().items())
+
+
+def test_init_knows_about_heads_and_positions(tmp_path, capsys):
+    torch.save({"state_dict": under("module.base_encoder.", SMALL)}, tmp_path / "mocov3.pth")
+    with pytest.raises(SystemExit) as stop:
+        init_from(tmp_path / "mocov3.pth", Method(ViT(384, 1, 6, 8, 32)))
+    assert stop.value.code == 2 and "12 attention heads, this model has 6" in capsys.readouterr().err
+    model = Method(ViT(384, 1, 12, 8, 48, "sincos-yx"))
+    init_from(tmp_path / "mocov3.pth", model)
+    larger = torch.rand(1, 3, 48, 48)
+    torch.testing.assert_close(model.backbone(larger), SMALL(larger), rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------- refusals
+def refused(capsys, path, **flags):
+    """The one line on stderr with which a file is refused."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        load_backbone(path, **flags)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+    return error
+
+
+def without(network, *parts):
+    return {k: v for k, v in network.state_dict().items() if not k.startswith(parts)}
+
+
+BROKEN = {
+    "half a resnet": (  # a stem of 6 tensors, 3 blocks of 18 and 4 of 18, and a downsampling of 6 for each of the two
+        without(RESNET, "layer3.", "layer4."),
+        ["only 144/318 tensors match resnet50: layer3.0.conv1.weight missing", "and 169 more"],
+    ),
+    "no stem": (without(RESNET, "conv1.weight"), ["conv1.weight missing"]),
+    "one bias": (
+        without(VIT, "blocks.1.mlp.fc2.bias"),
+        ["only 29/30 tensors match vit_tiny: blocks.1.mlp.fc2.bias missing\n"],
+    ),
+    "half a vit": (
+        {"model": without(VIT, "blocks.0.norm2", "blocks.0.mlp", "blocks.1.norm2", "blocks.1.mlp")},
+        ["18/30", "blocks.0.norm2.weight missing", "and 7 more"],
+    ),
+    "another shape": (
+        without(RESNET, "layer2.0.bn1.bias") | {"layer2.0.bn1.bias": torch.zeros(5)},
+        ["317/318", "layer2.0.bn1.bias (5,) instead of (8,)"],
+    ),
+    "squeeze and excitation": (
+        under("", RESNET) | head("layer1.0.se.fc1.weight"),
+        ["file.pth: 318/318 tensors match resnet50: layer1.0.se.fc1.weight unexpected"],
+    ),
+    "registers": (under("", VIT) | head("reg_token"), ["30/30", "reg_token unexpected"]),
+    "a swin": (head("patch_embed.proj.weight", "layers.0.blocks.0.attn.qkv.weight"), ["no backbone found"]),
+    "a text model": ({"model": head("embeddings.word.weight", "encoder.layer.0.key.weight")}, ["no backbone found"]),
+    "only a head": ({"state_dict": head("module.linear.weight")}, ["no backbone found", "state_dict"]),
+    "an empty dictionary": ({}, ["no backbone found", "none at all"]),
+    "a list": ([1, 2], ["holds a list, not a dictionary"]),
+    "a tensor": (torch.zeros(3), ["holds a Tensor, not a dictionary"]),
+    "no weights": ({"state_dict": 3, "model": [1], "backbone": "x", 5: 6}, ["no backbone found"]),
+    "a wrong table": (
+        without(VIT, "pos_embed") | {"pos_embed": torch.zeros(1, 16, 192)},
+        ["pos_embed (1, 16, 192) instead of (1, 17, 192)"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_never_a_partial_load(case, tmp_path, capsys):
+    content, words = BROKEN[case]
+    torch.save(content, tmp_path / "file.pth")
+    error = refused(capsys, tmp_path / "file.pth")
+    for word in ["--pretrained", "file.pth", *words]:
+        assert word in error, error
+
+
+def test_wide_resnet_of_torchvision_is_refused(tmp_path, capsys):
+    """Its blocks alone are wider, which no width here means."""
+    with torch.device("meta"):
+        names = torchvision.models.wide_resnet50_2().state_dict()
+    torch.save({k: torch.zeros(()).expand(v.shape) for k, v in names.items()}, tmp_path / "wide.pth")
+    assert "layer1.0.conv1.weight (128, 64, 1, 1) instead of (64, 64, 1, 1)" in refused(capsys, tmp_path / "wide.pth")
+
+
+def test_flags_that_contradict_the_file(tmp_path, capsys):
+    torch.save(RESNET.state_dict(), tmp_path / "a.pth")
+    assert "--arch resnet101: " in refused(capsys, tmp_path / "a.pth", arch="resnet101")
+    assert "--arch vit_base: " in refused(capsys, tmp_path / "a.pth", arch="vit_base")
+    assert "--width 1.0: " in refused(capsys, tmp_path / "a.pth", width=1.0)
+    assert "holds arch resnet50; leave the flag out" in refused(capsys, tmp_path / "a.pth", arch="resnet18")
+    torch.save(without(RESNET, "layer4.2"), tmp_path / "half.pth")
+    assert "300/" in refused(capsys, tmp_path / "half.pth", arch="resnet50")
+
+
+def test_the_longest_complete_backbone_is_taken(tmp_path):
+    """A whole network before a larger one that is not whole, and the larger of two whole ones; wherever they stand."""
+    broken = without(RESNET, "layer4.2")  # 300 tensors, more than the 120 of the other network
+    whole = RESNET.state_dict()
+    for content, network in (
+        ({"model": broken, "teacher": STEM.state_dict()}, STEM),
+        ({"model": STEM.state_dict(), "teacher": broken}, STEM),
+        ({"model": STEM.state_dict(), "teacher": whole}, RESNET),
+        ({"model": whole, "teacher": STEM.state_dict()}, RESNET),
+    ):
+        torch.save(content, tmp_path / "a.pth")
+        backbone, _ = load_backbone(tmp_path / "a.pth")
+        assert torch.equal(backbone.eval()(IMAGES), network(IMAGES))
+
+
+# ----------------------------------------------------------------------------------------------------- pickles
+class Payload:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder):
+        self.folder = str(folder)
+
+    def __reduce__(self):
+        return os.mkdir, (self.folder,)
+
+
+class Config(dict):
+    """A dictionary of another library, as yacs has one."""
+
+
+@pytest.mark.parametrize("place", ["weights", "args", "namespace", "legacy", "pickle"])
+def test_no_pickle_is_executed(place, tmp_path, capsys):
+    folder, file = tmp_path / "made", tmp_path / "bad.pth"
+    content = {"model": RESNET.state_dict(), "args": Payload(folder)}
+    if place == "weights":
+        content = RESNET.state_dict() | {"fc.weight": Payload(folder)}
+    if place == "namespace":
+        content["args"] = argparse.Namespace(a=Payload(folder))
+    if place == "pickle":
+        file.write_bytes(pickle.dumps(Payload(folder), protocol=2))
+    else:
+        torch.save(content, file, _use_new_zipfile_serialization=place != "legacy")
+    error = refused(capsys, file)
+    assert not folder.exists()
+    assert "mkdir" in error and "cannot be read safely" in error and "add --trust-pickle" in error
+    if place == "args":
+        load_backbone(file, trust_pickle=True)
+        assert folder.exists(), "the payload works"
+
+
+def test_objects_of_other_libraries_need_trust(tmp_path, capsys):
+    torch.save({"model": STEM.state_dict(), "config": Config(a=1)}, tmp_path / "a.pth")
+    assert "Config" in refused(capsys, tmp_path / "a.pth")
+    backbone, _ = load_backbone(tmp_path / "a.pth", trust_pickle=True)
+    assert torch.equal(backbone.eval()(IMAGES), STEM(IMAGES))
+    with pytest.raises(SystemExit):
+        init_from(tmp_path / "a.pth", Method(resnet("resnet18", 0.125, 32)))
+    assert "convert it by export.py --trust-pickle" in capsys.readouterr().err
+
+
+def test_evaluation_of_a_published_file(tmp_path, capsys):
+    torch.save({"state_dict": under("module.encoder_q.", STEM), "config": Config(a=1)}, tmp_path / "moco.pth")
+    words = ["--pretrained", str(tmp_path / "moco.pth"), "--data", "fake:64", "--image-size", "16", "--k", "5"]
+    with pytest.raises(SystemExit):
+        eval_knn.main(eval_knn.parse_args(words))
+    assert "add --trust-pickle" in capsys.readouterr().err
+    result = eval_knn.main(eval_knn.parse_args([*words, "--trust-pickle", "--workers", "0"]))
+    assert (result["method"], result["arch"], result["width"], result["image_size"]) == ("MoCo", "resnet18", 0.125, 16)
+
+
+def test_class_that_is_not_installed(tmp_path, capsys):
+    """Trust does not help where the object's library is missing."""
+    file = tmp_path / "a.pth"
+    file.write_bytes(b"\x80\x02cyacs_is_not_here.config\nCfgNode\n.")
+    assert "cannot be read: " in refused(capsys, file, trust_pickle=True)
+
+
+def test_damaged_files(tmp_path, capsys):
+    torch.save({"state_dict": under("module.encoder_q.", STEM)}, tmp_path / "whole.pth")
+    whole = (tmp_path / "whole.pth").read_bytes()
+    torch.save(STEM.state_dict(), tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
+    legacy = (tmp_path / "legacy.pth").read_bytes()
+    for part in (
+        b"",
+        whole[: len(whole) // 2],
+        whole[:-30],
+        legacy[:-100],
+        legacy[:500],
+        b"PK\x03\x04 no zip",
+        b"\x80\x02",
+    ):
+        (tmp_path / "part.pth").write_bytes(part)
+        assert "part.pth" in refused(capsys, tmp_path / "part.pth")
+    assert "no such file" in refused(capsys, tmp_path / "missing.pth")
+    assert "no such file" in refused(capsys, tmp_path)

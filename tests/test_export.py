@@ -1,0 +1,212 @@
+"""export.py: other libraries read what it writes, as a user runs it."""
+
+import argparse
+import hashlib
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import export
+from common.checkpoint import load_backbone
+from common.resnet import resnet
+from common.vit import ViT, vit
+from tests.helpers import command
+
+IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+
+
+def run(source, target, out, *more):
+    """The path that export.py's main wrote."""
+    words = ["--pretrained", source, "--to", target, "--out", out, *more]
+    return export.main(export.parse_args([str(word) for word in words]))
+
+
+def refused(capsys, *words):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(*words)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
+    return error
+
+
+@pytest.fixture
+def moco(tmp_path):
+    """A ResNet-18 as MoCo stores it, and the file."""
+    torch.manual_seed(0)
+    network = resnet("resnet18")
+    for name, value in network.state_dict().items():
+        if "running" in name:
+            value.copy_(torch.rand_like(value) + 0.5)
+    state = {f"module.encoder_q.{k}": v for k, v in network.state_dict().items()}
+    torch.save({"state_dict": {**state, "module.queue": torch.ones(128, 1000)}}, tmp_path / "moco.pth.tar")
+    return network.eval(), tmp_path / "moco.pth.tar"
+
+
+# ----------------------------------------------------------------------------------------------------- ResNets
+def test_torchvision_misses_only_the_classifier(moco, tmp_path, capsys):
+    network, file = moco
+    out = run(file, "torchvision", tmp_path / "a.pth")
+    theirs = torchvision.models.resnet18()
+    result = theirs.load_state_dict(torch.load(out, weights_only=True), strict=False)
+    assert result.missing_keys == ["fc.weight", "fc.bias"] and result.unexpected_keys == []
+    theirs.fc = nn.Identity()
+    torch.testing.assert_close(theirs.eval()(IMAGES), network(IMAGES), rtol=1e-4, atol=1e-4)
+    # without its classifier of 513,000, torchvision's 11,689,512 parameters are 11.18 M; 9,600 statistics and the queue
+    text = capsys.readouterr().out
+    assert "backbone 11.18 M, of them trainable 11.18 M" in text and "11.31 M numbers in all" in text
+    assert hashlib.sha256(out.read_bytes()).hexdigest() in text
+
+
+def test_the_whole_of_a_resnet50(tmp_path):
+    with torch.device("meta"):
+        theirs = torchvision.models.resnet50()
+    torch.save(resnet("resnet50", 0.0625).state_dict(), tmp_path / "own.pth")
+    written = torch.load(run(tmp_path / "own.pth", "torchvision", tmp_path / "a.pth"), weights_only=True)
+    assert set(theirs.state_dict()) - set(written) == {"fc.weight", "fc.bias"} and len(written) == 318
+
+
+# Our names and detectron2's, written out from its ResNet: every kind of tensor that a bottleneck network has.
+DETECTRON2 = {
+    "conv1.weight": "stem.conv1.weight",
+    "bn1.weight": "stem.conv1.norm.weight",
+    "bn1.bias": "stem.conv1.norm.bias",
+    "bn1.running_mean": "stem.conv1.norm.running_mean",
+    "layer1.0.conv1.weight": "res2.0.conv1.weight",
+    "layer1.0.bn1.weight": "res2.0.conv1.norm.weight",
+    "layer1.0.conv2.weight": "res2.0.conv2.weight",
+    "layer1.0.bn2.bias": "res2.0.conv2.norm.bias",
+    "layer1.0.downsample.0.weight": "res2.0.shortcut.weight",
+    "layer1.0.downsample.1.running_var": "res2.0.shortcut.norm.running_var",
+    "layer2.3.conv3.weight": "res3.3.conv3.weight",
+    "layer2.3.bn3.running_var": "res3.3.conv3.norm.running_var",
+    "layer3.5.bn1.running_mean": "res4.5.conv1.norm.running_mean",
+    "layer4.2.conv1.weight": "res5.2.conv1.weight",
+    "layer4.0.downsample.1.weight": "res5.0.shortcut.norm.weight",
+}
+
+
+def test_detectron2_pickle(tmp_path):
+    network = resnet("resnet50", 0.0625)
+    torch.save(network.state_dict(), tmp_path / "own.pth")
+    with open(run(tmp_path / "own.pth", "detectron2", tmp_path / "a.pkl"), "rb") as file:
+        content = pickle.load(file, encoding="latin1")
+    assert content["matching_heuristics"] is True and isinstance(content["__author__"], str)
+    own, model = network.state_dict(), content["model"]
+    for ours, theirs in DETECTRON2.items():
+        assert isinstance(model[theirs], np.ndarray) and np.array_equal(model[theirs], own[ours].numpy()), theirs
+    assert len(model) == 53 * 5  # convolutions, each with a batch norm of four; counters are left out
+    stages = {name.split(".")[0] for name in model}
+    assert stages == {"stem", "res2", "res3", "res4", "res5"}
+    assert not any(word in name for name in model for word in ("layer", "bn", "downsample", "batches"))
+
+
+def test_mmdet_file(moco, tmp_path):
+    network, file = moco
+    content = torch.load(run(file, "mmdet", tmp_path / "a.pth"), weights_only=True)
+    assert content.keys() == {"meta", "state_dict"} and content["meta"]["arch"] == "resnet18"
+    assert content["state_dict"].keys() == network.state_dict().keys()
+
+
+# -------------------------------------------------------------------------------------------------------- ViTs
+def test_vit_for_torchvision(tmp_path):
+    """Names and order of queries, keys and values: torchvision's network gives the same features."""
+    torch.manual_seed(0)
+    network = vit("vit_tiny", 32, patch_size=8, depth=2)
+    for value in network.state_dict().values():
+        value.add_(torch.rand_like(value) * 0.1 - 0.05)
+    torch.save({"model": network.state_dict()}, tmp_path / "mae.pth")
+    out = run(tmp_path / "mae.pth", "torchvision", tmp_path / "a.pth")
+    theirs = torchvision.models.VisionTransformer(32, 8, 2, 3, 192, 768)
+    result = theirs.load_state_dict(torch.load(out, weights_only=True), strict=False)
+    assert result.missing_keys == ["heads.head.weight", "heads.head.bias"] and result.unexpected_keys == []
+    theirs.heads = nn.Identity()
+    torch.testing.assert_close(theirs.eval()(IMAGES), network(IMAGES), rtol=1e-4, atol=1e-4)
+
+
+TIMM = """cls_token pos_embed patch_embed.proj.weight patch_embed.proj.bias norm.weight norm.bias
+blocks.0.norm1.weight blocks.0.norm1.bias blocks.0.attn.qkv.weight blocks.0.attn.qkv.bias blocks.0.attn.proj.weight
+blocks.0.attn.proj.bias blocks.0.norm2.weight blocks.0.norm2.bias blocks.0.mlp.fc1.weight blocks.0.mlp.fc1.bias
+blocks.0.mlp.fc2.weight blocks.0.mlp.fc2.bias"""
+
+
+def test_vit_for_timm(tmp_path, capsys):
+    network = ViT(384, 1, 12, 8, 32, "sincos-yx")
+    weights = {f"module.base_encoder.{k}": v for k, v in network.state_dict().items()}
+    torch.save({"state_dict": weights | {"module.base_encoder.head.0.weight": torch.ones(2)}}, tmp_path / "v3.pth")
+    written = torch.load(run(tmp_path / "v3.pth", "timm", tmp_path / "a.pth"), weights_only=True)
+    assert set(written) == set(TIMM.split())
+    assert all(torch.equal(v, network.state_dict()[k]) for k, v in written.items())
+    out = capsys.readouterr().out
+    assert "note        12 attention heads, patches of 8, images of 32 pixels" in out
+    # the frozen table of positions, 17 x 384, is not trained
+    total = sum(p.numel() for p in network.parameters())
+    assert f"backbone {total / 1e6:.2f} M, of them trainable {(total - 17 * 384) / 1e6:.2f} M" in out
+
+
+# ------------------------------------------------------------------------------------------------- publication
+def test_published_name_passes_the_check_of_torch_hub(tmp_path):
+    """torch.hub hashes what it downloads and compares with the digits in the name; a wrong digit is found."""
+    torch.save(resnet("resnet18", 0.125, 32).state_dict(), tmp_path / "own.pth")
+    out = run(tmp_path / "own.pth", "torchvision", tmp_path / "moco-v2.1.pth", "--publish")
+    digest = hashlib.sha256(out.read_bytes()).hexdigest()
+    assert out.name == f"moco-v2_1-{digest[:8]}.pth"
+    assert not (tmp_path / "moco-v2.1.pth").exists() and not list(tmp_path.glob("*.tmp"))
+    fetched = torch.hub.load_state_dict_from_url(
+        out.as_uri(), model_dir=str(tmp_path / "hub"), check_hash=True, progress=False, weights_only=True
+    )
+    assert fetched.keys() == resnet("resnet18", 0.125, 32).state_dict().keys()
+    wrong = tmp_path / "moco-00000000.pth"
+    wrong.write_bytes(out.read_bytes())
+    with pytest.raises(RuntimeError, match="invalid hash"):
+        torch.hub.load_state_dict_from_url(
+            wrong.as_uri(), model_dir=str(tmp_path / "hub"), check_hash=True, progress=False
+        )
+
+
+def test_round_trip_and_equal_bytes(tmp_path, capsys):
+    """What was exported is read again, and the same network gives the same file."""
+    network = resnet("resnet18", 0.125, 32).eval()
+    torch.save(network.state_dict(), tmp_path / "own.pth")
+    for target in ("torchvision", "timm", "mmdet"):
+        first = run(tmp_path / "own.pth", target, tmp_path / f"{target}.pth")
+        backbone, _ = load_backbone(first)
+        assert torch.equal(backbone.eval()(IMAGES), network(IMAGES))
+        assert run(tmp_path / "own.pth", target, tmp_path / "again.pth").read_bytes() == first.read_bytes()
+    out = capsys.readouterr().out
+    assert "3x3 stem: conv1 has stride 1 and padding 1, there is no max-pooling" in out
+    assert "width 0.125: every layer has 0.125 times" in out
+
+
+def test_command_line(moco, tmp_path):
+    words = ["--pretrained", moco[1], "--to", "torchvision", "--out", tmp_path / "new" / "a.pth"]
+    done = command("export.py", *words, check=0)
+    assert "tensors matched 120/120" in done.stdout and "120 tensors, torchvision" in done.stdout
+    assert len(torch.load(tmp_path / "new" / "a.pth", weights_only=True)) == 120
+
+
+# ---------------------------------------------------------------------------------------------------- mistakes
+def test_mistakes_end_with_one_line(tmp_path, capsys):
+    file = tmp_path / "own.pth"
+    torch.save(vit("vit_tiny", 32, patch_size=8, depth=1).state_dict(), file)
+    for target, name in (("detectron2", "a.pkl"), ("mmdet", "a.pth")):
+        assert f"--to {target}" in refused(capsys, file, target, tmp_path / name)
+    assert "detectron2 reads .pkl" in refused(capsys, file, "detectron2", tmp_path / "a.pth")
+    assert "detectron2 reads .pkl" in refused(capsys, file, "timm", tmp_path / "a.pkl")
+    assert "choose another name" in refused(capsys, file, "timm", file)
+    assert "no such file" in refused(capsys, "random", "timm", tmp_path / "a.pth")
+    assert "--arch resnet18" in refused(capsys, file, "timm", tmp_path / "a.pth", "--arch", "resnet18")
+    assert "cannot be written" in refused(capsys, file, "timm", file / "a.pth")
+    assert "--to" in refused(capsys, file, "onnx", tmp_path / "a.pth")
+    torch.save(ViT(192, 1, 3, 8, 32, pool="mean").state_dict(), file)
+    assert "mean pooling" in refused(capsys, file, "torchvision", tmp_path / "a.pth")
+    edges = resnet("resnet18", 0.125, 32, input_filter=torch.rand(2, 3, 3, 3))
+    torch.save({"backbone": edges.state_dict(), "meta": {"arch": "resnet18", "width": 0.125}}, file)
+    assert "filtered images" in refused(capsys, file, "torchvision", tmp_path / "a.pth")
+    torch.save({"model": edges.state_dict(), "args": argparse.ArgumentParser}, file)
+    assert "--trust-pickle" in refused(capsys, file, "torchvision", tmp_path / "a.pth")
+    assert [p.name for p in tmp_path.iterdir()] == ["own.pth"], "nothing was written"

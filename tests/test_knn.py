@@ -1,0 +1,170 @@
+"""Features of a backbone, nearest neighbours and k-NN votes against NumPy, scikit-learn and numbers found by hand."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.neighbors import KNeighborsClassifier
+
+import eval_knn
+from common import data
+from common.augment import EvalView
+from common.data import Fake, labelled
+from common.knn import Features, extract, knn, nearest
+from common.resnet import resnet
+from common.vit import vit
+
+
+# ---------------------------------------------------------------------------------------------------- features
+@pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
+def test_stages_are_averaged(arch):
+    backbone = resnet(arch, 0.125, 32).eval()
+    x = torch.randn(3, 3, 32, 32)
+    names = ["feat4", "feat1", "feat5", "feat2", "feat3"]
+    model = Features(backbone, names).eval()
+    with torch.no_grad():
+        found, maps, pooled = model(x).split(model.dims, 1), backbone.stages(x), backbone(x)
+    assert model.names == names
+    for name, f in zip(names, found, strict=True):
+        expected = maps[int(name[-1]) - 1].numpy().astype(np.float64)
+        height, width = expected.shape[2:]
+        np.testing.assert_allclose(f.numpy(), expected.sum((2, 3)) / (height * width), atol=1e-5)
+    assert torch.equal(found[2], pooled)
+    default = Features(backbone)
+    assert default.names == ["feat5"] and default.dims == [backbone.dim] and torch.equal(default(x), pooled)
+    assert Features(backbone, ["feat2", "feat2"]).names == ["feat2"]
+
+
+@pytest.mark.parametrize("pool", ["cls", "mean"])
+def test_class_token_and_mean_of_patches(pool):
+    backbone = vit("vit_tiny", 16, 0.25, heads=3, depth=2, pool=pool).eval()
+    x = torch.randn(2, 3, 16, 16)
+    model = Features(backbone, ["mean", "cls"])
+    with torch.no_grad():
+        mean, cls = (f.numpy() for f in model(x).split(model.dims, 1))
+        tokens, pooled = backbone.tokens(x).numpy(), backbone(x).numpy()
+    average = tokens[:, 1:].sum(1) / 64  # patches of an eighth of the side
+    if pool == "mean":  # which has its norm after the average, starting as the identity
+        average = average - average.mean(1, keepdims=True)
+        average = average / np.sqrt((average**2).mean(1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(mean, average, atol=1e-5)
+    np.testing.assert_array_equal(cls, tokens[:, 0])
+    np.testing.assert_allclose({"cls": cls, "mean": mean}[pool], pooled, atol=1e-6)
+    assert Features(backbone).names == [pool]
+
+
+@pytest.mark.parametrize("backbone, name, known", [("resnet", "cls", "feat1, feat2"), ("vit", "feat3", "cls, mean")])
+def test_unknown_features_are_refused(backbone, name, known, capsys):
+    model = resnet("resnet18", 0.125, 16) if backbone == "resnet" else vit("vit_tiny", 16, 0.25, heads=3, depth=1)
+    with pytest.raises(SystemExit) as stop:
+        Features(model, [name])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and f"--features {name}" in error and known in error
+
+
+def test_features_do_not_depend_on_the_number_of_processes(monkeypatch):
+    """To the last bit: batches hold the same samples, and follow each other in rank order."""
+    backbone, images = resnet("resnet18", 0.125, 16), Fake(45, 0, 16)
+    one, labels = extract(backbone, images, EvalView(16), "cpu", 0, 8)
+    assert labels.tolist() == [i % 10 for i in range(45)] and one.shape == (45, 64)
+    for processes in (2, 3, 9):  # the last has more processes than batches
+        monkeypatch.setattr(data, "world_size", lambda processes=processes: processes)
+        parts = []
+        for rank in range(processes):
+            monkeypatch.setattr(data, "rank", lambda rank=rank: rank)
+            parts.append(extract(backbone, images, EvalView(16), "cpu", 0, 8, everywhere=False))
+        assert torch.equal(torch.cat([f for f, _ in parts]), one)
+        assert torch.equal(torch.cat([y for _, y in parts]), labels)
+
+
+# -------------------------------------------------------------------------------------------------- neighbours
+def slow_cosines(queries, bank):
+    queries, bank = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (queries, bank))
+    return queries @ bank.T
+
+
+@pytest.mark.parametrize("n", [1, 70, 1000, 1007])  # few and many, with and without a rest of 16
+@pytest.mark.parametrize("k", [1, 5, 200])
+@pytest.mark.parametrize("block", [2**16, 333, 64])
+def test_nearest_equals_sorting_everything(n, k, block):
+    rng = np.random.default_rng(n + k)
+    bank, queries = rng.normal(size=(n, 6)), rng.normal(size=(23, 6))
+    expected = slow_cosines(queries, bank)
+    order = np.argsort(-expected, axis=1)[:, :k]
+    for chunk in (2**28, 8 * 64 * 3):
+        similarity, index = nearest(torch.from_numpy(queries), torch.from_numpy(bank), k, chunk, block)
+        assert index.shape == (23, min(k, n))
+        np.testing.assert_array_equal(index.numpy(), order)
+        np.testing.assert_allclose(similarity.numpy(), np.take_along_axis(expected, order, 1), atol=1e-12)
+
+
+def test_nearest_with_many_equal_similarities():
+    """Features of few whole numbers, most rows there several times: any of equals may be taken, none twice."""
+    rng = np.random.default_rng(0)
+    bank, queries = rng.integers(-1, 2, (3000, 3)).astype(float), rng.integers(-1, 2, (40, 3)).astype(float)
+    expected = slow_cosines(queries, bank)
+    similarity, index = (t.numpy() for t in nearest(torch.from_numpy(queries), torch.from_numpy(bank), 40))
+    np.testing.assert_allclose(similarity, -np.sort(-expected, axis=1)[:, :40], atol=1e-12)
+    np.testing.assert_allclose(similarity, np.take_along_axis(expected, index, 1), atol=1e-12)
+    assert all(len(set(row)) == 40 for row in index.tolist())
+
+
+def test_nearest_takes_what_comes():
+    bank = torch.randn(500, 8, dtype=torch.float64)
+    wide, _ = nearest(bank[:9], bank, 5)
+    half, _ = nearest(bank[:9].half(), bank.half(), 5)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half.double(), wide, atol=2e-3, rtol=0)
+    columns, index = nearest(torch.randn(4, 3), torch.randn(50, 8)[:, 2:5], 2)  # columns of a wider matrix
+    assert columns.shape == index.shape == (4, 2)
+    values, index = nearest(bank[:0], bank, 5)  # a process may have no query
+    assert values.shape == index.shape == (0, 5)
+    values, _ = nearest(torch.zeros(1, 8), bank.float(), 3)
+    assert values.tolist() == [[0.0, 0.0, 0.0]]
+
+
+# ------------------------------------------------------------------------------------------------------- votes
+def test_votes_by_hand():
+    """Cosines 1, 0.8, 0.6, of classes 2, 1, 1: with T = 1 the votes are e = 2.72, and e^0.8 + e^0.6 = 4.05."""
+    bank, labels = torch.tensor([[2.0, 0], [0.8, 0.6], [0.3, 0.4]]), torch.tensor([2, 1, 1])
+    query = torch.tensor([[5.0, 0]])
+
+    def top(label, k, temperature):
+        return knn(bank, labels, query, torch.tensor([label]), (k,), temperature)[k]
+
+    assert top(1, 3, 1.0) == (100, 100) and top(2, 3, 1.0) == (0, 100)
+    assert top(2, 2, 1.0) == (100, 100) and top(2, 3, 0.1) == (100, 100)  # e^10 against e^8 + e^6
+    assert top(0, 3, 1.0) == (0, 0)  # no vote, although only three classes exist
+
+
+def test_equal_votes_go_to_the_lower_class():
+    bank, labels = torch.tensor([[1.0, 0], [1.0, 0], [0, 1.0]]), torch.tensor([3, 1, 0])
+    for label, expected in ((1, (100, 100)), (3, (0, 100)), (0, (0, 0))):
+        assert knn(bank, labels, bank[:1], torch.tensor([label]), (2,))[2] == expected
+
+
+def test_temperatures_that_overflow_single_precision():
+    """Cosines 0.8 and 1: exp(160) and exp(200) are both beyond float32, and the nearer one has to win."""
+    bank, labels = torch.tensor([[0.8, 0.6], [1.0, 0.0]]), torch.tensor([0, 1])
+    assert knn(bank, labels, bank[1:], labels[1:], (2,), 0.005)[2][0] == 100
+
+
+# -------------------------------------------------------------------------------------------------- the script
+def test_script_reports_every_feature(tmp_path, capsys):
+    words = "--pretrained random --arch resnet18 --width 0.125 --data fake:120 --image-size 16 --k 5 20 --workers 0"
+    words = [*words.split(), "--batch-size", "50", "--precision", "fp32", "--out", str(tmp_path)]
+    several = eval_knn.main(eval_knn.parse_args([*words, "--features", "feat2", "feat5"]))
+    assert "feat2       k 20" in capsys.readouterr().out
+    assert list(several["knn"]) == ["feat2", "feat5"]
+    assert several["knn"]["feat5"] == eval_knn.main(eval_knn.parse_args(words))["knn"]
+
+    torch.manual_seed(0)
+    backbone, sets = resnet("resnet18", 0.125, 16).eval(), labelled("fake:120")
+    view, features = EvalView(16), []
+    for part in sets:
+        x = torch.cat([b[0] for b in data.eval_batches(part, view, 50, "cpu", 0)])
+        features.append(backbone.stages(x)[1].mean((2, 3)).detach().numpy())
+    for k in (5, 20):
+        peer = KNeighborsClassifier(k, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07))
+        peer.fit(features[0], sets[0].labels)
+        expected = (peer.predict(features[1]) == sets[1].labels).mean() * 100
+        assert several["knn"]["feat2"][str(k)]["top1"] == pytest.approx(expected, abs=1e-3)

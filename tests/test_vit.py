@@ -1,0 +1,378 @@
+"""The vision transformer: positions, attention, masked tokens, stochastic depth, its names and its settings."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from common.optim import param_groups
+from common.vit import (
+    ARCHS,
+    POSITIONS,
+    Attention,
+    Block,
+    ViT,
+    default_patch,
+    initialise,
+    path_factors,
+    resize_positions,
+    sincos,
+    vit,
+)
+
+
+def rows(*shape):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def tiny(image_size=16, patch_size=4, dim=24, depth=3, heads=3, **more):
+    torch.manual_seed(0)
+    return ViT(dim, depth, heads, patch_size, image_size, **more).double()
+
+
+# --------------------------------------------------------------------------------------------------- positions
+def slow_positions(dim, grid, order):
+    """Number by number: sin and cos of the first coordinate, then of the second, each in dim / 4 frequencies."""
+    table = np.zeros((grid[0] * grid[1], dim))
+    quarter = dim // 4
+    for row in range(grid[0]):
+        for column in range(grid[1]):
+            first, second = (column, row) if order == "xy" else (row, column)
+            for i in range(quarter):
+                omega = 1 / 10000 ** (i / quarter)
+                token = table[row * grid[1] + column]
+                token[i], token[quarter + i] = math.sin(first * omega), math.cos(first * omega)
+                token[2 * quarter + i], token[3 * quarter + i] = math.sin(second * omega), math.cos(second * omega)
+    return table
+
+
+@pytest.mark.parametrize("order", ["xy", "yx"])
+@pytest.mark.parametrize("grid", [(4, 4), (3, 5)])
+def test_positions_are_the_formula(order, grid):
+    np.testing.assert_allclose(sincos(16, grid, order).numpy(), slow_positions(16, grid, order), atol=1e-14)
+
+
+def test_one_order_is_the_other_with_its_halves_swapped():
+    xy, yx = sincos(32, (5, 7), "xy"), sincos(32, (5, 7), "yx")
+    assert torch.equal(xy, torch.cat([yx[:, 16:], yx[:, :16]], 1))
+    assert not torch.equal(xy, yx)
+
+
+def test_model_holds_the_table_and_its_class_token_has_no_position():
+    for positions in ("sincos-xy", "sincos-yx"):
+        model = tiny(positions=positions)
+        expected = slow_positions(24, (4, 4), positions[-2:])
+        np.testing.assert_allclose(model.pos_embed[0, 1:].numpy(), expected, atol=1e-6)  # it began in single precision
+        assert not model.pos_embed[0, 0].any() and not model.pos_embed.requires_grad
+        assert "pos_embed" in model.state_dict()
+    learned = tiny(positions="learned")
+    assert learned.pos_embed.requires_grad and 0.01 < learned.pos_embed.std() < 0.03
+
+
+def slow_cubic(values, size):
+    """Cubic convolution (Keys 1981, a = -0.75) of a sequence to another length, by centres, borders repeated."""
+    out = []
+    for k in range(size):
+        centre = (k + 0.5) * len(values) / size - 0.5
+        first = math.floor(centre) - 1
+        total = 0.0
+        for tap in range(first, first + 4):
+            t = abs(centre - tap)
+            weight = 1.25 * t**3 - 2.25 * t**2 + 1 if t <= 1 else -0.75 * (t**3 - 5 * t**2 + 8 * t - 4)
+            total = total + weight * values[min(max(tap, 0), len(values) - 1)]
+        out.append(total)
+    return np.stack(out)
+
+
+def test_resizing_positions():
+    table = rows(1, 1 + 3 * 4, 8)
+    assert resize_positions(table, (3, 4), (3, 4)) is table
+    resized = resize_positions(table, (3, 4), (6, 10))
+    assert resized.shape == (1, 1 + 60, 8)
+    assert torch.equal(resized[:, :1], table[:, :1]), "the class token's stays"
+    maps = slow_cubic(table[0, 1:].view(3, 4, 8).numpy(), 6)
+    maps = slow_cubic(maps.transpose(1, 0, 2), 10).transpose(1, 0, 2)
+    np.testing.assert_allclose(resized[0, 1:].view(6, 10, 8).numpy(), maps, atol=1e-12)
+
+
+def test_any_image_size_with_whole_patches():
+    model = tiny()
+    assert model(rows(2, 3, 16, 16)).shape == (2, 24)
+    assert model.tokens(rows(2, 3, 8, 24)).shape == (2, 1 + 2 * 6, 24)
+    with pytest.raises(ValueError, match="18 x 16"):
+        model(rows(2, 3, 18, 16))
+
+
+def test_made_for_images_that_are_not_square():
+    model = tiny(image_size=(8, 24))
+    np.testing.assert_allclose(model.pos_embed[0, 1:].numpy(), slow_positions(24, (2, 6), "xy"), atol=1e-6)
+    tokens, position = model.embed(rows(1, 3, 8, 24))
+    bare = model.patch_embed(rows(1, 3, 8, 24))
+    torch.testing.assert_close(tokens - bare, model.pos_embed[:, 1:])
+    assert torch.equal(position, model.pos_embed[:, :1])
+
+
+def test_patch_embedding_is_a_linear_layer_of_each_patch():
+    model, x = tiny(), rows(2, 3, 16, 16)
+    tokens = model.patch_embed(x)
+    weight, bias = model.patch_embed.proj.weight.flatten(1), model.patch_embed.proj.bias
+    for row in range(4):
+        for column in range(4):
+            patch = x[:, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4].flatten(1)
+            torch.testing.assert_close(tokens[:, 4 * row + column], patch @ weight.T + bias)
+
+
+# --------------------------------------------------------------------------------------------------- attention
+def slow_attention(layer, x, heads):
+    """One query, one head, one number after the other."""
+    qkv, (batch, tokens, dim) = layer.qkv(x).detach().numpy(), x.shape
+    size = dim // heads
+    out = np.zeros((batch, tokens, dim))
+    for b in range(batch):
+        for h in range(heads):
+            q, k, v = (qkv[b, :, part * dim + h * size : part * dim + (h + 1) * size] for part in range(3))
+            for i in range(tokens):
+                scores = np.array([q[i] @ k[j] / np.sqrt(size) for j in range(tokens)])
+                weights = np.exp(scores - scores.max())
+                weights /= weights.sum()
+                out[b, i, h * size : (h + 1) * size] = sum(w * v[j] for j, w in enumerate(weights))
+    return layer.proj(torch.from_numpy(out))
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_attention_equals_loops(heads):
+    torch.manual_seed(heads)
+    layer, x = Attention(16, heads).double(), 2 * rows(2, 5, 16)
+    torch.testing.assert_close(layer(x), slow_attention(layer, x, heads), atol=1e-12, rtol=0)
+
+
+def test_heads_matter_although_no_shape_shows_them():
+    three, six = tiny(heads=3), tiny(heads=6)
+    six.load_state_dict(three.state_dict())
+    x = rows(2, 3, 16, 16)
+    assert not torch.allclose(three(x), six(x), atol=1e-3)
+
+
+def test_block_is_pre_norm_with_exact_gelu():
+    torch.manual_seed(0)
+    block, x = Block(16, 2).double(), rows(2, 5, 16)
+
+    def norm(x, layer):
+        x = x - x.mean(-1, keepdim=True)
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * layer.weight + layer.bias
+
+    y = x + slow_attention(block.attn, norm(x, block.norm1), 2)
+    hidden = block.mlp.fc1(norm(y, block.norm2))
+    y = y + block.mlp.fc2(hidden * 0.5 * (1 + torch.erf(hidden / 2**0.5)))
+    torch.testing.assert_close(block(x), y, atol=1e-12, rtol=0)
+    assert block.mlp.fc1.out_features == 64
+
+
+# --------------------------------------------------------------------------------------------- tokens and pooling
+def test_class_token_or_mean_of_the_others():
+    x = rows(2, 3, 16, 16)
+    cls = tiny(pool="cls")
+    assert torch.equal(cls(x), cls.tokens(x)[:, 0])
+    mean = tiny(pool="mean")
+    assert not [name for name in mean.state_dict() if name.startswith("norm.")]
+    tokens = mean.tokens(x)  # without a final norm
+    pooled = tokens[:, 1:].mean(1)
+    centred = pooled - pooled.mean(1, keepdim=True)
+    expected = centred / (centred.square().mean(1, keepdim=True) + 1e-6).sqrt()  # a fresh norm has weight 1 and bias 0
+    torch.testing.assert_close(mean(x), expected)
+    assert not [name for name in cls.state_dict() if name.startswith("fc_norm")]
+
+
+def test_last_blocks():
+    """The output after block i is that of a network which ends there; all pass the final norm."""
+    model, x = tiny(), rows(2, 3, 16, 16)
+    outputs = model.last(x, 3)
+    assert len(outputs) == 3 and len(model.last(x, 2)) == 2
+    assert torch.equal(outputs[2], model.tokens(x))
+    for depth in (1, 2):
+        shorter = tiny(depth=depth)
+        shorter.load_state_dict({k: v for k, v in model.state_dict().items() if k in shorter.state_dict()})
+        assert torch.equal(outputs[depth - 1], shorter.tokens(x))
+    norms = torch.stack(outputs)  # of mean 0 and variance 1: weight and bias of the norm are those of the start
+    torch.testing.assert_close(norms.mean(-1), torch.zeros(3, 2, 17, dtype=torch.float64), atol=1e-6, rtol=0)
+
+
+def test_keeping_all_tokens_equals_keeping_none_out():
+    model, x = tiny(), rows(2, 3, 16, 16)
+    everything = model.tokens(x)
+    in_order = torch.arange(16).expand(2, -1)
+    assert torch.equal(model.tokens(x, in_order), everything)
+    order = torch.stack([torch.randperm(16, generator=torch.Generator().manual_seed(i)) for i in range(2)])
+    shuffled = model.tokens(x, order)  # attention knows no order: positions came before
+    torch.testing.assert_close(shuffled[:, 0], everything[:, 0])
+    for b in range(2):
+        torch.testing.assert_close(shuffled[b, 1:], everything[b, 1:][order[b]])
+
+
+def test_tokens_left_out_have_no_influence():
+    model, x = tiny(), rows(1, 3, 16, 16)
+    keep = torch.tensor([[5, 0, 10]])
+    changed = x.clone()
+    changed[:, :, :4, 4:8] += 3  # patch 1
+    assert torch.equal(model.tokens(x, keep), model.tokens(changed, keep))
+    changed[:, :, 4:8, 4:8] += 3  # patch 5
+    assert not torch.allclose(model.tokens(x, keep), model.tokens(changed, keep))
+    assert model.tokens(x, keep).shape == (1, 4, 24)
+
+
+def test_checkpointing_changes_nothing():
+    x, found = rows(2, 3, 16, 16), []
+    for checkpointing in (False, True):
+        model = tiny()
+        model.checkpointing = checkpointing
+        paths = path_factors(torch.rand(2, 6, generator=torch.Generator().manual_seed(0)).double(), 0.5)
+        y = model(x, paths)
+        y.square().sum().backward()
+        found.append([y, *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------- stochastic depth
+def test_path_factors():
+    u = torch.rand(20000, 2 * 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    factors = path_factors(u, 0.4)
+    assert factors.shape == (10, 20000)
+    for block in range(5):
+        p = 0.4 * block / 4
+        for row in factors[2 * block : 2 * block + 2]:
+            assert set(row.tolist()) <= {0.0, 1 / (1 - p)}
+            assert (row == 0).double().mean().item() == pytest.approx(p, abs=5 * (0.24 / 20000) ** 0.5)
+            assert row.mean().item() == pytest.approx(1, abs=0.02)
+    assert torch.equal(path_factors(u, 0.0), torch.ones(10, 20000, dtype=torch.float64))
+    assert torch.equal(path_factors(u[:, :2], 0.4), torch.ones(2, 20000, dtype=torch.float64)), "one block: rate 0"
+
+
+def test_dropped_branches_are_left_out():
+    """A sample with all factors 0 passes unchanged but for the final norm; the other one does not notice."""
+    model, x = tiny(), rows(2, 3, 16, 16)
+    only = torch.zeros(6, 2, dtype=torch.float64)
+    only[2:4] = 1  # rows 2 and 3 belong to the second block
+    alone = tiny(depth=1)
+    renamed = {k.replace("blocks.1.", "blocks.0."): v for k, v in model.state_dict().items() if "blocks.0." not in k}
+    alone.load_state_dict({k: v for k, v in renamed.items() if k in alone.state_dict()})
+    assert torch.equal(model(x, only), alone(x))
+    paths = torch.ones(6, 2, dtype=torch.float64)
+    assert torch.equal(model(x, paths), model(x))
+    paths[:, 1] = 0
+    out = model(x, paths)
+    torch.testing.assert_close(out[0], model(x)[0])
+    torch.testing.assert_close(out[1], model.norm(model.cls_token + model.pos_embed[:, :1])[0, 0])
+    one = torch.zeros(2, 1, dtype=torch.float64)
+    one[1] = 2.0  # no attention, twice the MLP
+    block, y = model.blocks[0], rows(1, 5, 24)
+    torch.testing.assert_close(block(y, one), y + 2 * block.mlp(block.norm2(y)))
+
+
+# ------------------------------------------------------------------------------------------------------ settings
+def test_layer_scale():
+    plain, scaled = tiny(), tiny(layer_scale=0.1)
+    missing, unexpected = scaled.load_state_dict(plain.state_dict(), strict=False)
+    assert missing == [f"blocks.{i}.ls{j}.gamma" for i in range(3) for j in (1, 2)] and not unexpected
+    x, block = rows(2, 5, 24), scaled.blocks[0]
+    y = x + 0.1 * block.attn(block.norm1(x))
+    torch.testing.assert_close(block(x), y + 0.1 * block.mlp(block.norm2(y)), atol=1e-7, rtol=0)
+
+
+def test_frozen_patch_embedding_gets_no_gradient_and_no_decay():
+    model = tiny(freeze_patch_embed=True)
+    model(rows(2, 3, 16, 16)).sum().backward()
+    assert model.patch_embed.proj.weight.grad is None and model.patch_embed.proj.bias.grad is None
+    assert model.blocks[0].attn.qkv.weight.grad is not None
+    trained = {id(p) for group in param_groups(model, 0.1) for p in group["params"]}
+    assert not trained & {id(p) for p in (*model.patch_embed.parameters(), model.pos_embed)}
+    assert id(model.cls_token) in trained
+
+
+def test_names_are_timms():
+    layers = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
+    names = {f"blocks.{i}.{layer}.{p}" for i in range(3) for layer in layers for p in ("weight", "bias")}
+    names |= {"cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias", "norm.weight", "norm.bias"}
+    state = tiny().state_dict()
+    assert set(state) == names
+    assert state["blocks.0.attn.qkv.weight"].shape == (72, 24)
+    assert (state["cls_token"].shape, state["pos_embed"].shape) == ((1, 1, 24), (1, 17, 24))
+    assert state["patch_embed.proj.weight"].shape == (24, 3, 4, 4)
+
+
+def test_equal_to_torchvisions():
+    """The same weights under torchvision's names give the same features (there, too, eps is 1e-6)."""
+    from torchvision.models.vision_transformer import VisionTransformer
+
+    torch.manual_seed(0)
+    theirs = VisionTransformer(16, 4, num_layers=3, num_heads=3, hidden_dim=24, mlp_dim=96).double()
+    theirs.heads = torch.nn.Identity()
+    renames = {"class_token": "cls_token", "conv_proj": "patch_embed.proj", "encoder.pos_embedding": "pos_embed"}
+    renames |= {"encoder.layers.encoder_layer_": "blocks.", "encoder.ln": "norm", "ln_": "norm", "mlp.0": "mlp.fc1"}
+    renames |= {"self_attention.in_proj_": "attn.qkv.", "self_attention.out_proj": "attn.proj", "mlp.3": "mlp.fc2"}
+    state = {}
+    for name, value in theirs.state_dict().items():
+        for old, new in renames.items():
+            name = name.replace(old, new)
+        state[name] = value
+    ours = tiny(positions="learned")
+    ours.load_state_dict(state)
+    x = rows(2, 3, 16, 16)
+    torch.testing.assert_close(ours(x), theirs.eval()(x), atol=1e-12, rtol=0)
+
+
+def test_initialisation_is_glorots():
+    torch.manual_seed(0)
+    model = ViT(96, 1, 3, 8, 32)
+    qkv, proj = model.blocks[0].attn.qkv, model.patch_embed.proj
+    bound = math.sqrt(6 / (96 + 3 * 96))
+    assert 0.99 * bound < qkv.weight.abs().max() <= bound
+    bound = math.sqrt(6 / (96 + 3 * 8 * 8))
+    assert 0.99 * bound < proj.weight.abs().max() <= bound
+    assert not qkv.bias.any() and not proj.bias.any()
+    assert 0.015 < model.cls_token.std() < 0.025
+    assert torch.equal(model.norm.weight, torch.ones(96))
+    before = model.cls_token.clone()
+    initialise(model)
+    assert torch.equal(model.cls_token, before), "linear layers only"
+
+
+def test_by_name():
+    with torch.device("meta"):
+        for arch, (dim, depth, heads, patch) in ARCHS.items():
+            model = vit(arch, 224)
+            assert (model.dim, len(model.blocks), model.heads, model.patch_size) == (dim, depth, heads, patch)
+            names = ("patch_size", "depth", "heads", "positions", "pool")
+            assert model.config == dict(zip(names, (patch, depth, heads, "sincos-xy", "cls"), strict=True))
+    small = vit("vit_tiny", 32, width=0.25, depth=2, heads=2, positions="learned", pool="mean")
+    assert (small.dim, small.patch_size, small.grid, len(small.blocks), small.heads) == (48, 4, (8, 8), 2, 2)
+    again = vit("vit_tiny", 32, width=0.25, **small.config)
+    again.load_state_dict(small.state_dict())
+    x = rows(2, 3, 32, 32).float()
+    assert torch.equal(again(x), small(x)), "name, width, size and config say all"
+    assert POSITIONS == ("sincos-xy", "sincos-yx", "learned")
+
+
+@pytest.mark.parametrize("size, patch", [(224, 16), (160, 16), (128, 16), (96, 12), (64, 8), (32, 4), (16, 2), (8, 1)])
+def test_patches_of_small_images_are_an_eighth_of_them(size, patch):
+    assert default_patch("vit_base", size) == patch
+    assert default_patch("vit_huge", 224) == 14
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ({"arch": "vit_giant"}, "--arch vit_giant: unknown"),
+        ({"width": 0.01}, "--width 0.01"),
+        ({"width": 1, "heads": 5}, "5 heads"),
+        ({"patch_size": 15}, "--patch-size"),
+        ({"image_size": 20, "patch_size": 40}, "--patch-size"),
+        ({"image_size": 100}, "--image-size 100"),
+    ],
+)
+def test_settings_that_cannot_be(settings, expected, capsys):
+    with pytest.raises(SystemExit) as stop:
+        vit(**{"arch": "vit_tiny", **settings})
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert expected in error and error.count("\n") == 1
