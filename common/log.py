@@ -66,6 +66,17 @@ def check_args(args):
     positive = {"epochs", "batch_size", "accum", "log_every", "width", "lr", "crop_min", "temperature"}
     positive |= {"dim", "hidden_dim", "pred_dim", "clusters", "prototypes", "layer_decay", "head_lr", "val_every"}
     at_most_one = {"crop_min", "flip", "layer_decay", "drop_path", "erase", "smoothing"}
+    most = {
+        "image_size": 10_000,
+        "width": 64,
+        "depth": 1000,
+        "decoder_depth": 1000,
+        "lr": 1e9,
+        "workers": 1000,
+        "batch_size": 10**7,
+        "temperature": 1000,
+    }
+    most |= dict.fromkeys(("dim", "hidden_dim", "pred_dim", "decoder_dim", "pca_dim", "queue", "prototypes"), 10**9)
     for name, value in vars(args).items():
         flag = "--" + name.replace("_", "-")
         if isinstance(value, float) and not math.isfinite(value):
@@ -76,6 +87,8 @@ def check_args(args):
             fail(f"{flag} must be {'greater than' if name in positive else 'at least'} 0, not {value}")
         if name in at_most_one and value > 1:
             fail(f"{flag} must be at most 1, not {value}")
+        if value > most.get(name, value):
+            fail(f"{flag} must be at most {most[name]:g}, not {value}")
         if name == "image_size" and value < 8:
             fail(f"{flag} must be at least 8, not {value}")
     if getattr(args, "momentum", 0) >= 1:

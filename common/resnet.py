@@ -80,6 +80,6 @@ def resnet(arch, width=1.0, image_size=224, zero_init_residual=False, input_filt
     if arch not in ARCHS:
         fail(f"--arch {arch}: unknown, expected one of {', '.join(ARCHS)}")
     block, layers = ARCHS[arch]
-    if round(64 * width) < 1:
-        fail(f"--width {width} leaves no channel")
+    if not 1 / 64 <= width <= 64:
+        fail(f"--width {width} must lie between 1/64, which leaves one channel of 64, and 64")
     return ResNet(block, layers, width, image_size <= SMALL, zero_init_residual, input_filter)

@@ -227,6 +227,8 @@ def vit(
     """
     if arch not in ARCHS:
         fail(f"--arch {arch}: unknown, expected one of {', '.join(ARCHS)}")
+    if not 0 < width <= 64:
+        fail(f"--width {width} must lie between 0 and 64")
     dim, usual_depth, usual_heads, _ = ARCHS[arch]
     dim, depth, heads = round(dim * width), depth or usual_depth, heads or usual_heads
     patch_size = patch_size or default_patch(arch, image_size)

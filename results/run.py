@@ -1,11 +1,12 @@
 """Reproduces our rows of the results table: every method on 10,000 images of CIFAR-10, on a CPU.
 
-    python results/run.py --data data/cifar10                 # all methods, one after the other
-    python results/run.py --data data/cifar10 simsiam simclr
+    python results/run.py --data data/cifar10                 # all methods, then all evaluations, one after the other
+    python results/run.py --data data/cifar10 simsiam linear-simsiam
 
 --data is CIFAR-10 as a folder of images, train/<class>/*.jpg and test/<class>/*.jpg. The first 1,000 training and the
 first 200 test images of each class (by file name) are used. Each run lands in runs/results/<method>; its log.jsonl is
-copied to results/cifar10_subset/<method>.jsonl. `--table` prints the table from the logs that are there.
+copied to results/cifar10_subset/<method>.jsonl. Evaluations need the run of their method; their JSON is copied to
+results/cifar10_subset/<name>.json. `--table` prints the tables from the files that are there.
 """
 
 import argparse
@@ -30,8 +31,21 @@ RECIPES = {
     "barlowtwins": "--dim 512 --lambd 0.005 --warmup-epochs 1 --lr 1 --lr-biases 0.024",
     "swav": "--prototypes 256 --epsilon 0.03 --color-strength 0.5 --crop-min 0.2 --lr 3 --warmup-epochs 1",
     "deepcluster": "--lr 0.4",
-    "odc": "--lr 0.24",
-    "npid": "--full-softmax --temperature 0.1 --lr 0.12 --weight-decay 5e-4",
+    "odc": "--clusters 50 --min-cluster 20 --centroid-every 10 --lr 0.1 --memory-momentum 0.9",
+    "npid": "--full-softmax --temperature 0.1 --lr 0.06 --weight-decay 5e-4 --bank-momentum 0.9 --crop-min 0.3",
+    "mocov3": "--lr 16 --warmup-epochs 1 --temperature 0.2 --hidden-dim 512",
+    "mae": "--arch vit_tiny --width 0.5 --depth 6 --patch-size 4 --decoder-dim 64 --decoder-depth 2 --decoder-heads 4"
+    " --lr 4e-3 --warmup-epochs 2 --pictures-every 5",
+}
+LINEAR = "--protocol moco,simsiam,swav,multihead --epochs 10 --batch-size 256"
+FINETUNE = "--recipe plain --epochs 5 --warmup-epochs 1 --batch-size 64 --lr 4e-3 --layer-decay 0.75"
+EVALUATIONS = {  # name: (script, pre-trained network, flags)
+    "knn-simsiam": ("eval_knn", "runs/results/simsiam/backbone.pt", ""),
+    "knn-random": ("eval_knn", "random", "--arch resnet18 --width 0.25 --image-size 32"),
+    "linear-simsiam": ("eval_linear", "runs/results/simsiam/backbone.pt", LINEAR),
+    "linear-random": ("eval_linear", "random", "--arch resnet18 --width 0.25 --image-size 32 " + LINEAR),
+    "finetune-mae": ("eval_finetune", "runs/results/mae/backbone.pt", FINETUNE),
+    "finetune-scratch": ("eval_finetune", "runs/results/mae-untrained/backbone.pt", FINETUNE),
 }
 
 
@@ -51,13 +65,32 @@ def lists(data):
     return flags
 
 
-def run(method, data):
-    out = f"runs/results/{method}"
-    words = [f"{method}.py", *lists(data), *SHARED.split(), *RECIPES[method].split(), "--out", out]
+def run_script(method, data, out, flags):
+    words = [f"{method}.py", *lists(data), *SHARED.split(), *flags.split(), "--out", out]
     print(" ".join(words), flush=True)
     subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
+
+
+def run(method, data):
+    out = f"runs/results/{method}"
+    run_script(method, data, out, RECIPES[method])
     LOGS.mkdir(parents=True, exist_ok=True)
     shutil.copy(ROOT / out / "log.jsonl", LOGS / f"{method}.jsonl")
+
+
+def evaluate(name, data):
+    script, pretrained, flags = EVALUATIONS[name]
+    if name == "finetune-scratch":  # the same network after one step of the warm-up, whose learning rate is 0
+        run_script("mae", data, "runs/results/mae-untrained", f"{RECIPES['mae']} --max-steps 1 --knn-every 0")
+    out = f"runs/results/{name}"
+    words = [f"{script}.py", "--pretrained", pretrained, *lists(data), *flags.split(), "--out", out]
+    words += ["--precision", "bf16", "--workers", "2"]
+    print(" ".join(words), flush=True)
+    subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
+    result = json.loads((ROOT / out / f"{script}.json").read_text())
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    result = {"command": " ".join(words), "commit": commit.stdout.strip(), **result}
+    (LOGS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def row(path):
@@ -78,15 +111,15 @@ def table():
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("methods", nargs="*", default=list(RECIPES), help="default: all")
+    parser.add_argument("methods", nargs="*", default=[*RECIPES, *EVALUATIONS], help="default: all")
     parser.add_argument("--data", default="data/cifar10")
     parser.add_argument("--table", action="store_true", help="only print the table of the logs that are there")
     args = parser.parse_args()
-    unknown = set(args.methods) - set(RECIPES)
-    if unknown:
-        parser.error(f"unknown: {', '.join(sorted(unknown))}; expected {', '.join(RECIPES)}")
+    known = [*RECIPES, *EVALUATIONS]
+    if unknown := set(args.methods) - set(known):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; expected {', '.join(known)}")
     if not args.table:
         print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores", flush=True)
         for method in args.methods:
-            run(method, args.data)
+            (run if method in RECIPES else evaluate)(method, args.data)
     table()

@@ -139,7 +139,7 @@ def test_two_processes_have_the_loss_and_gradient_of_one(monkeypatch):
 # ----------------------------------------------------------------------------------------------------- recipe
 def test_views_are_those_of_byol():
     common = {"size": 224, "crop": (0.08, 1.0), "ratio": (3 / 4, 4 / 3), "interpolation": "bicubic", "flip": 0.5}
-    common |= {"jitter": (0.4, 0.4, 0.2, 0.1), "jitter_p": 0.8, "gray_p": 0.2, "gray_first": False}
+    common |= {"jitter": (0.4, 0.4, 0.2, 0.1), "jitter_p": 0.8, "gray_p": 0.2, "gray_first": False, "lighting": 0.0}
     common |= {"blur_sigma": (0.1, 2.0), "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
     one, two = (dataclasses.asdict(view) for view in augmentation(224))
     assert one == common | {"blur_p": 1.0, "solarize_p": 0.0}
