@@ -17,6 +17,7 @@ centroids 10 MB. k-means at the start takes 21 x 6.6 TFLOP, 14 s for one GPU tha
 
 Small images (32 px; our choice); without --clusters, k is a hundredth of the images:
     python odc.py --data cifar10 --arch resnet18 --batch-size 256 --epochs 200 --warmup-epochs 5
+Where clusters change for most images from epoch to epoch ("changed"), --memory-momentum 0.9 calms them.
 
 Deviations, where the paper leaves it open from MMSelfSup 0.11: an epoch is a permutation of the images, not draws with
 replacement; no rotations by up to 2 degrees; small clusters are handled when centroids are renewed, not in each step,

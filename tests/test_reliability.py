@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks.kill import differences, killed_run
-from tests.helpers import ROOT, command, flags, records, state, tensors, train
+from tests.helpers import ROOT, SCRIPTS, command, flags, records, state, tensors, train
 
 EVERY_STEP = ["--save-every", 0]
 
@@ -204,3 +204,38 @@ def test_loss_that_is_not_finite_keeps_the_last_good_state(script, tmp_path, cap
     assert stop.value.code == 1 and "loss is nan at step 3" in message and "lower --lr" in message
     after = tensors(state(tmp_path))
     assert all(torch.equal(saved[k], after[k]) for k in saved)
+
+
+def pictures(folder, kind):
+    from PIL import Image
+
+    (folder / "train" / "a").mkdir(parents=True)
+    noise = torch.randint(
+        0, 256, (64, 20, 20, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    ).numpy()
+    images = {
+        "constant": [Image.new("RGB", (20, 20), (7, 7, 7))] * 32,
+        "duplicates": [Image.fromarray(noise[0])] * 32,
+        "one class": [Image.fromarray(x) for x in noise[:32]],
+        "three images": [Image.fromarray(x) for x in noise[:3]],
+    }
+    for i, image in enumerate(images[kind]):
+        image.save(folder / "train" / "a" / f"{i:02d}.png")
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["constant", "duplicates", "one class", "three images"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_poor_data_gives_finite_numbers_or_one_line(script, kind, tmp_path, capsys):
+    """Images without content, one image many times, a single class, three images in batches of two."""
+    words = ["--data", pictures(tmp_path / "data", kind), "--max-steps", 4, "--precision", "fp32"]
+    words += ["--batch-size", 2] if kind == "three images" else []
+    try:
+        saved = tensors(train(script, tmp_path / "run", *words))
+    except SystemExit as stop:
+        message = capsys.readouterr().err
+        assert stop.code in (1, 2) and message.count("error: ") == 1 and message.count("\n") == 1, message
+        assert stop.code == 2 or "is nan" not in message, "a loss of such images is finite"
+    else:
+        assert all(value.isfinite().all() for value in saved.values() if value.is_floating_point())
+        assert all(torch.tensor(r["loss"]).isfinite() for r in records(tmp_path / "run").values())

@@ -1,0 +1,61 @@
+"""Does anything grow in a long run? 10,000 steps on fake data, with memory, open files and threads along the way.
+
+    python benchmarks/soak.py                 # simsiam; Linux, a few minutes
+    python benchmarks/soak.py moco --steps 20000
+
+Every step is logged, each tenth epoch measures the k-NN accuracy, and the state is saved all the time. After the first
+tenth of the steps neither open files nor threads may grow, and memory by less than 3 %.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tests.helpers import ROOT, SCRIPTS, flags
+
+
+def usage(pid):
+    """(resident MB, open files, threads) of a process."""
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return int(status["VmRSS"].split()[0]) / 1024, len(os.listdir(f"/proc/{pid}/fd")), int(status["Threads"])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("script", nargs="?", default="simsiam", choices=SCRIPTS)
+    parser.add_argument("--steps", type=int, default=10_000)
+    args = parser.parse_args()
+    folder = tempfile.mkdtemp()
+    more = ["--epochs", args.steps // 4, "--knn-every", 10, "--save-every", 0.01]
+    process = subprocess.Popen(
+        [sys.executable, f"{args.script}.py", *flags(args.script, folder, *more)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    rows, tenth = [], args.steps // 10
+    print(f"{args.script}: {'step':>8}{'MB':>10}{'files':>8}{'threads':>9}")
+    for line in process.stdout:
+        if "  step " in line:
+            step = int(line.split("  step ")[1].split("/")[0])
+            if step % tenth == 0 and step < args.steps:
+                rows.append(usage(process.pid))
+                memory, files, threads = rows[-1]
+                print(f"{'':{len(args.script)}}  {step:>8}{memory:>10.1f}{files:>8}{threads:>9}", flush=True)
+    shutil.rmtree(folder)
+    if process.wait():
+        sys.exit(f"error: the run ended with code {process.returncode}")
+    (memory, files, threads), (last_memory, last_files, last_threads) = rows[0], rows[-1]
+    grown = last_files > files or last_threads > threads or last_memory > 1.03 * memory
+    print("something grows" if grown else f"nothing grows: memory {last_memory / memory - 1:+.1%}")
+    sys.exit(grown)
+
+
+if __name__ == "__main__":
+    main()
