@@ -9,7 +9,7 @@ from torch import nn
 from tqdm import tqdm
 
 from common.data import eval_batches, eval_share, spread
-from common.distributed import all_reduce, gather_uneven, is_main, rank, world_size
+from common.distributed import all_reduce, gather_uneven, is_main, print0, rank, world_size
 from common.log import fail
 from common.optim import full
 
@@ -171,6 +171,9 @@ def knn(train, train_labels, test, test_labels, ks=(20,), temperature=0.07, chun
 def knn_monitor(backbone, train, val, view, device, workers, amp):
     """{"knn": top-1 in percent}, k = 20, at most 10,000 training and 2,000 validation samples; {} without labels."""
     if train.labels is None or val is None or val.labels is None:
+        return {}
+    if train.classes and val.classes and train.classes != val.classes:
+        print0("note: no k-NN accuracy: the training and the validation images have different classes")
         return {}
     sets = spread(train, 10_000), spread(val, 2_000)
     (bank, labels), (queries, targets) = (extract(backbone, s, view, device, workers, amp=amp) for s in sets)

@@ -53,6 +53,12 @@ class Parser(argparse.ArgumentParser):
         )
         sys.excepthook = _explain
 
+    recipe = None  # the defaults of the script that runs, by flag
+
+    def parse_args(self, args=None, namespace=None):
+        Parser.recipe = {action.dest: action.default for action in self._actions}
+        return super().parse_args(args, namespace)
+
     def error(self, message):
         fail(f"{message} (try: python {self.prog} --help)")
 
@@ -362,4 +368,9 @@ def describe(args, data, loader, model, **lines):
     print0(f"model       {args.arch}, width {args.width}, {args.image_size} px, {parameters:.2f} M trained parameters")
     for name, text in lines.items():
         print0(f"{name:<11} {text}")
+    usual = (Parser.recipe or {}).get("batch_size")
+    if usual and not usual / 4 <= args.batch_size <= usual * 4:
+        print0(f"note        batch {args.batch_size} is far from the recipe's {usual}: --lr may need more than scaling")
+    if args.image_size <= 64 and args.arch.startswith("resnet"):
+        print0("note        images of at most 64 px: 3x3 stem without pooling, no blur")
     print0(f"output      {args.out}")

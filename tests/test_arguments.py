@@ -30,7 +30,7 @@ def numeric_flags(script):
     class Captured(Exception):
         pass
 
-    def capture(parser, argv=None):
+    def capture(parser, *argv):
         for action in parser._actions:
             if action.type in (int, float) and action.option_strings:
                 found[action.option_strings[0]] = action.type
