@@ -24,7 +24,7 @@ lint: venv
 
 bench: venv  ## side-by-side timings; installs the libraries that are compared with
 	$(RUN) -m pip install --quiet -e ".[bench]"
-	for script in benchmarks/[a-z]*.py; do $(RUN) $$script || exit 1; done
+	$(RUN) benchmarks/run.py
 
 clean:
 	rm -rf .venv *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,83 @@
+"""Runs the comparisons one after the other and writes what they print to results/benchmarks/ and benchmarks/README.md.
+
+    python benchmarks/run.py                                # all that need no data of yours
+    python benchmarks/run.py --data data/cifar10/train      # and whole training, from a folder of JPEG files
+    python benchmarks/run.py ema_lars knn
+
+Nothing else should run on the machine meanwhile. kill.py and soak.py, which test rather than compare, are run by hand.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LOGS = ROOT / "results" / "benchmarks"
+JOBS = {  # name: (flags, what we aim at on two cores)
+    "loader": (
+        "--images 128 --repeats 5",
+        "CPU stage of two views at least 6x torchvision and 60 % of decoding, of 2+6 crops 4x",
+    ),
+    "train": ("", "whole SimSiam training at least 1.3x lightly"),
+    "ema_lars": ("", "EMA at least 3x mul_/add_, LARS at least 1.2x a loop"),
+    "infonce": ("", "at least 1.4x concatenating and cloning"),
+    "kmeans": ("", "at least 0.95x faiss-cpu"),
+    "knn": ("", "at least 1.2x a one-hot vote, within 10 % of the matrix product"),
+    "svm": ("", "at least 1.6x scikit-learn one after the other"),
+    "linear": ("--image-size 128", "three protocols at most 1.3x one"),
+    "mae": ("--arch vit_small", "fewer seconds per step than encoding all tokens; one view at least 3x torchvision"),
+    "sinkhorn": ("", "beside the forms that people use"),
+    "startup": ("", "a million files known within seconds from the second start on"),
+}
+
+
+def write_readme():
+    parts = ["# Benchmarks\n\nWhat each script printed when it was run last, by `python benchmarks/run.py`.\n"]
+    for name, (_, aim) in JOBS.items():
+        log = LOGS / f"{name}.txt"
+        text = log.read_text() if log.exists() else "not run\n"
+        parts.append(f"## [{name}.py]({name}.py)\n\nAim: {aim}.\n\n```\n{text}```\n")
+    parts.append("On a GPU: not run.\n")
+    (ROOT / "benchmarks" / "README.md").write_text("\n".join(parts))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", default=list(JOBS), help=", ".join(JOBS))
+    parser.add_argument("--data", help="folder of JPEG files for train.py")
+    parser.add_argument("--timeout", type=float, default=900, help="seconds for each")
+    args = parser.parse_args()
+    if unknown := set(args.names) - set(JOBS):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; expected {', '.join(JOBS)}")
+    failed = []
+    for name in args.names:
+        flags = JOBS[name][0].split()
+        if name == "train":
+            if not args.data:
+                print("train.py: left out, as it needs --data")
+                continue
+            flags += ["--data", args.data]
+        words = [f"benchmarks/{name}.py", *flags]
+        print(f"$ python {' '.join(words)}", flush=True)
+        try:
+            done = subprocess.run(
+                [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=args.timeout, check=False
+            )
+        except subprocess.TimeoutExpired:
+            print(f"stopped after {args.timeout:g} s")
+            failed.append(name)
+            continue
+        print(done.stdout, done.stderr if done.returncode else "", flush=True)
+        if done.returncode:
+            failed.append(name)
+        else:
+            LOGS.mkdir(parents=True, exist_ok=True)
+            (LOGS / f"{name}.txt").write_text(f"$ python {' '.join(words)}\n{done.stdout}")
+    write_readme()
+    if failed:
+        sys.exit(f"error: {', '.join(failed)} did not end well")
+
+
+if __name__ == "__main__":
+    main()
