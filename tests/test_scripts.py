@@ -45,6 +45,25 @@ def test_two_processes_continued_by_one(script, two_processes, tmp_path):
         torch.testing.assert_close(one[name], rest[name], atol=1e-8, rtol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.fixture(scope="session")
+def continued_by_two(tmp_path_factory):
+    """Five steps of every script by one process, three more by two, all in one launch; {script: run folder}."""
+    folder = tmp_path_factory.mktemp("continued")
+    for script in SCRIPTS:
+        train(script, folder / script, *EXACT)
+    jobs = [[script, flags(script, folder / script, *EXACT, "--max-steps", "8")] for script in SCRIPTS]
+    command("tests/run_scripts.py", json.dumps(jobs), processes=2, check=0)
+    return {script: folder / script for script in SCRIPTS}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_one_process_continued_by_two(script, continued_by_two, tmp_path):
+    one = tensors(train(script, tmp_path, *EXACT, "--max-steps", "8"))
+    rest = tensors(state(continued_by_two[script]))
+    for name in one:
+        torch.testing.assert_close(one[name], rest[name], atol=1e-8, rtol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_resumed_run_equals_uninterrupted_bit_for_bit(script, tmp_path):
     """64 images in batches of 16: step 6 of 8 cuts the second epoch in the middle."""
@@ -88,13 +107,14 @@ def test_command_line_writes_the_promised_files(script, tmp_path):
     assert {"command", "args", "versions", "commit"} <= first.keys()
 
 
-def test_terminated_run_saves_and_continues(tmp_path):
-    """SIGTERM: the step is finished, everything is saved, exit code 75, and the same command goes on."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_terminated_run_saves_and_continues(number, tmp_path):
+    """SIGTERM and Ctrl-C: the step is finished, everything is saved, exit code 75, and the same command goes on."""
     words = [sys.executable, "simsiam.py", *flags("simsiam", tmp_path, "--epochs", 2000)]
     process = subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for line in process.stdout:
         if "step 3/" in line:
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(number)
             break
     rest = process.stdout.read()
     assert process.wait(timeout=60) == 75
