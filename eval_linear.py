@@ -610,6 +610,11 @@ def main(args):
     for p in probes:
         recipe = f"{p.protocol.optimiser}, decay {p.protocol.weight_decay:g}, {p.protocol.feature}, {p.protocol.epochs}"
         print0(f"{p.name:<22}x {p.protocol.batch}/256 = {p.peak:.4g}, {recipe} epochs x {p.steps} steps")
+    for p in probes:  # a step of LARS changes the weights by the rate x trust of their length; on ImageNet 45 in all
+        if p.protocol.optimiser.startswith("lars") and p.steps * p.protocol.epochs * p.peak * 0.001 < 2:
+            print0(
+                f"note: {p.name} hardly moves in {p.steps * p.protocol.epochs} steps; for small sets --protocol swav"
+            )
     source = Live(backbone, data, test, micro, amp, dtype, args.seed, device, args.workers)
     if args.cached:
         print0("note: --cached trains on features of unaugmented images, which is not the protocol")
