@@ -20,7 +20,7 @@ Small images (official code, CIFAR-10; 32 px): --image-size 32 --arch resnet18 -
 this batch) --weight-decay 5e-4 --temperature 0.1 --full-softmax --flip 0. NCE comes to rest where P(i | f) = 1, so it
 needs exp(1/tau) < Z, about N exp(1 / (2 D tau^2)): true for ImageNet at 0.07 and 50000 images at 0.1. Where it is
 not, features are driven away from their own rows and the loss grows; the script warns at the start. In short runs the
-loss exceeds ln N at first, as rows lag behind the features: --bank-momentum 0.9 and a low --lr help.
+loss exceeds ln N at first, as rows lag behind the features; results/run.py has settings that learn all the same.
 
 Deviations from the paper: its proximal term |f - v|^2 is left out, as in the official code. From the official code:
 batch norm uses the statistics of the global batch, not of each GPU's share, so that the number of processes does not
