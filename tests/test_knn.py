@@ -1,5 +1,7 @@
 """Features of a backbone, nearest neighbours and k-NN votes against NumPy, scikit-learn and numbers found by hand."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,7 @@ from common.data import Fake, labelled
 from common.knn import Features, extract, knn, nearest
 from common.resnet import resnet
 from common.vit import vit
+from tests.helpers import command
 
 
 # ---------------------------------------------------------------------------------------------------- features
@@ -168,3 +171,13 @@ def test_script_reports_every_feature(tmp_path, capsys):
         peer.fit(features[0], sets[0].labels)
         expected = (peer.predict(features[1]) == sets[1].labels).mean() * 100
         assert several["knn"]["feat2"][str(k)]["top1"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_two_processes_report_what_one_reports(tmp_path):
+    """The whole script, on shares of 160 training and 32 test images that do not divide evenly into batches of 24."""
+    words = "--pretrained random --arch resnet18 --width 0.125 --image-size 16 --data fake:160 --k 1 5 --batch-size 24"
+    words = [*words.split(), "--features", "feat1", "feat5", "--device", "cpu"]
+    one = eval_knn.main(eval_knn.parse_args([*words, "--out", str(tmp_path / "one")]))
+    command("eval_knn.py", *words, "--out", tmp_path / "two", processes=2, check=0)
+    two = json.loads((tmp_path / "two" / "eval_knn.json").read_text())
+    assert two["knn"] == one["knn"] and two["pixels"] == one["pixels"] and two["test"] == 32
