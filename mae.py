@@ -102,7 +102,7 @@ def parse_args(argv=None):
     if not args.data and not args.visualize:
         parser.error("the following arguments are required: --data")
     if min(args.decoder_dim, args.decoder_depth, args.decoder_heads) < 1 or not 0 < args.mask_ratio < 1:
-        parser.error("--decoder-dim, -depth and -heads must be at least 1, --mask-ratio between 0 and 1")
+        parser.error("--decoder-dim, --decoder-depth, --decoder-heads must be 1 or more, --mask-ratio in (0, 1)")
     if args.decoder_dim % args.decoder_heads or args.decoder_dim % 4:
         parser.error(f"--decoder-dim {args.decoder_dim} must be a multiple of 4 and of {args.decoder_heads} heads")
     args.image_size = args.image_size or default_size(args.data)

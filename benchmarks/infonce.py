@@ -8,8 +8,6 @@ of both must agree to 1e-5. The repeats are interleaved and their order turns, s
 """
 
 import argparse
-import os
-import platform
 import statistics
 import sys
 import time
@@ -19,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.ema_lars import machine
 from moco import info_nce
 
 
@@ -30,21 +29,6 @@ def usual(q, k, queue, temperature):
     positive = (q * k).sum(1, keepdim=True)
     logits = torch.cat([positive, q @ queue.clone().T], dim=1) / temperature
     return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.int64, device=q.device))
-
-
-def machine(device):
-    model = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    if device.type == "cuda":
-        return f"machine: {torch.cuda.get_device_name(device)}, {model}, torch {torch.__version__}"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
-    threads = f"{cores} cores, {torch.get_num_threads()} threads, load {load}"
-    return f"machine: {model}, {threads}, {platform.system()}, torch {torch.__version__}"
 
 
 def seconds(clock, loss, q, *rest):

@@ -9,8 +9,6 @@ both forms must agree on the top-1 accuracy. The repeats are interleaved and the
 """
 
 import argparse
-import os
-import platform
 import statistics
 import sys
 import time
@@ -20,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.ema_lars import machine
 from common.knn import knn
 
 
@@ -40,21 +39,6 @@ def one_hot(bank, labels, queries, targets, k, temperature, chunk=500):
 
 def product(bank, labels, queries, targets, k, temperature):
     return queries @ bank.T
-
-
-def machine(device):
-    model = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    if device.type == "cuda":
-        return f"machine: {torch.cuda.get_device_name(device)}, {model}, torch {torch.__version__}"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
-    threads = f"{cores} cores, {torch.get_num_threads()} threads, load {load}"
-    return f"machine: {model}, {threads}, {platform.system()}, torch {torch.__version__}"
 
 
 def seconds(clock, form, *problem):

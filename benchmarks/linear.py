@@ -11,8 +11,6 @@ interleaved and their order turns, so that a drift of the machine hits all.
 """
 
 import argparse
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -25,6 +23,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import eval_linear
+from benchmarks.ema_lars import machine
 from common.augment import IMAGENET_MEAN, IMAGENET_STD
 from common.data import Files
 from common.optim import precision
@@ -32,21 +31,6 @@ from common.resnet import resnet
 
 FORMS = {"one": ["moco"], "three": ["moco", "simsiam", "swav"], "all": ["moco", "simsiam", "swav", "mae", "multihead"]}
 CLASSES = 1000
-
-
-def machine(device):
-    model = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    if device.type == "cuda":
-        return f"machine: {torch.cuda.get_device_name(device)}, {model}, torch {torch.__version__}"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
-    threads = f"{cores} cores, {torch.get_num_threads()} threads, load {load}"
-    return f"machine: {model}, {threads}, {platform.system()}, torch {torch.__version__}"
 
 
 def photos(folder, count=64, width=500, height=375):

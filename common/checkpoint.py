@@ -133,6 +133,9 @@ def resume(args, images, model, optimizer, scaler, name="last.pt"):
         print0(f"warning: {problem}", file=sys.stderr)
     else:
         fail(f"--out {args.out}: no state of the run can be read; {remedy}")
+    if path != found[0] and is_main():  # or the next save would put the damaged file in the place of this good one
+        with contextlib.suppress(OSError):
+            found[0].replace(found[0].with_suffix(".damaged.pt"))
     if not {"args", "step", "model", "optimizer", "scaler", "images"} <= state.keys():
         fail(f"--out {args.out}: {name} is not the state of a run; {remedy}")
     now = plain(args)

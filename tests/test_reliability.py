@@ -156,6 +156,9 @@ def test_damaged_state_falls_back_to_the_one_before(damage, tmp_path, capsys):
     output = capsys.readouterr()
     assert "warning: --out" in output.err and "last.pt" in output.err
     assert "last.previous.pt, step 2" in output.out
+    assert (tmp_path / "run" / "last.damaged.pt").exists()
+    previous = torch.load(tmp_path / "run" / "last.previous.pt", weights_only=True)
+    assert previous["step"] == 2  # the good one, not the damaged one, is what a crash would fall back to
     assert [d for d in differences(tmp_path / "whole", tmp_path / "run") if "max_steps" not in d] == []
 
 
