@@ -40,7 +40,7 @@ from torch import nn
 
 from common.augment import EvalView, View
 from common.checkpoint import init_from, resume, save_run
-from common.data import Loader, build, default_size
+from common.data import Loader, build, default_size, fit
 from common.distributed import finish, init, mean, parallel, sync_batch_norm
 from common.knn import knn_monitor
 from common.log import Logger, Parser, check_args, describe, output_std, save_views
@@ -72,6 +72,9 @@ def parse_args(argv=None):
     group.add_argument("--image-size", type=int, help="pixels of a view (default: 224, or what fits a small named set)")
     group.add_argument("--crop-min", type=float, default=0.08, help="smallest share of the image area in a crop")
     group.add_argument("--flip", type=float, default=0.5, help="probability of a mirrored view")
+    group.add_argument("--channels", type=int, default=3, help="of the images; all can be made 1 or 3")
+    group.add_argument("--stats", choices=["imagenet", "auto"], help="normalisation (default: auto unless 3 channels)")
+    group.add_argument("--decode", choices=["cpu", "gpu"], default="cpu", help="gpu: faster, other rounding")
     group.add_argument("--max-bad", type=int, default=100, help="stop after this many undecodable images")
     group = parser.add_argument_group("BYOL")
     group.add_argument("--arch", default="resnet50", help="resnet18, 34, 50, 101 or 152")
@@ -202,14 +205,14 @@ def main(args):
     torch.manual_seed(args.seed)
     amp, scaler, dtype = precision(args.precision, device)
 
-    data = build(args.data, "train", args.train_list)
-    val = build(args.data, "val", args.val_list, required=False)
-    views = augmentation(args.image_size, args.crop_min, args.flip)
-    settings = {"seed": args.seed, "workers": args.workers, "accum": args.accum, "max_bad": args.max_bad}
+    data = build(args.data, "train", args.train_list, channels=args.channels)
+    val = build(args.data, "val", args.val_list, required=False, channels=args.channels)
+    views = fit(augmentation(args.image_size, args.crop_min, args.flip), data, args.stats, args.workers)
+    settings = {k: getattr(args, k) for k in ("seed", "workers", "accum", "max_bad", "decode")}
     loader = Loader(data, views, args.batch_size, device=device, dtype=dtype, **settings)
     total, warmup = args.epochs * loader.steps, args.warmup_epochs * loader.steps
 
-    backbone = resnet(args.arch, args.width, args.image_size, zero_init_residual=True)
+    backbone = resnet(args.arch, args.width, args.image_size, zero_init_residual=True, channels=args.channels)
     model = BYOL(backbone, args.dim, args.hidden_dim)
     model = sync_batch_norm(model.to(device, dtype, memory_format=torch.channels_last))
     if args.init:

@@ -43,7 +43,7 @@ from torch import nn
 
 from common.augment import EvalView, View, uniforms
 from common.checkpoint import init_from, resume, save_run
-from common.data import Loader, build, default_size
+from common.data import Loader, build, default_size, fit
 from common.distributed import finish, gather_uneven, init, is_main, mean, parallel, sync_batch_norm
 from common.kmeans import kmeans, pca_whiten
 from common.knn import extract, knn_monitor
@@ -65,6 +65,9 @@ def parse_args(argv=None):
     group.add_argument("--crop-min", type=float, default=0.08, help="smallest share of the image area in a crop")
     group.add_argument("--flip", type=float, default=0.5, help="probability of a mirrored view")
     group.add_argument("--jitter", action="store_true", help="colour jitter and grey, as in MMSelfSup")
+    group.add_argument("--channels", type=int, default=3, help="of the images; all can be made 1 or 3")
+    group.add_argument("--stats", choices=["imagenet", "auto"], help="normalisation (default: auto unless 3 channels)")
+    group.add_argument("--decode", choices=["cpu", "gpu"], default="cpu", help="gpu: faster, other rounding")
     group.add_argument("--max-bad", type=int, default=100, help="stop after this many undecodable images")
     group = parser.add_argument_group("DeepCluster")
     group.add_argument("--arch", default="resnet50", help="resnet18, 34, 50, 101 or 152")
@@ -122,10 +125,10 @@ def augmentation(size, crop_min=0.08, flip=0.5, jitter=False):
 
 
 # ------------------------------------------------------------------------------------------------------ model
-def sobel_filter():
-    """Grey (the mean of the channels) and its two Sobel derivatives as one convolution (2, 3, 3, 3), padded by 1."""
+def sobel_filter(channels=3):
+    """Grey (the mean of the channels) and its two Sobel derivatives as one convolution (2, C, 3, 3), padded by 1."""
     edges = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
-    return torch.stack([edges, edges.T])[:, None].repeat(1, 3, 1, 1) / 3
+    return torch.stack([edges, edges.T])[:, None].repeat(1, channels, 1, 1) / channels
 
 
 class DeepCluster(nn.Module):
@@ -232,14 +235,15 @@ def main(args):
     torch.manual_seed(args.seed)
     amp, scaler, dtype = precision(args.precision, device)
 
-    data = build(args.data, "train", args.train_list)
-    val = build(args.data, "val", args.val_list, required=False)
-    views = augmentation(args.image_size, args.crop_min, args.flip, args.jitter)
-    settings = {"seed": args.seed, "workers": args.workers, "accum": args.accum, "max_bad": args.max_bad}
+    data = build(args.data, "train", args.train_list, channels=args.channels)
+    val = build(args.data, "val", args.val_list, required=False, channels=args.channels)
+    views = fit(augmentation(args.image_size, args.crop_min, args.flip, args.jitter), data, args.stats, args.workers)
+    settings = {k: getattr(args, k) for k in ("seed", "workers", "accum", "max_bad", "decode")}
     loader = Loader(data, views, args.batch_size, device=device, dtype=dtype, **settings)
     total, warmup = args.epochs * loader.steps, args.warmup_epochs * loader.steps
 
-    backbone = resnet(args.arch, args.width, args.image_size, input_filter=sobel_filter() if args.sobel else None)
+    sobel = sobel_filter(args.channels) if args.sobel else None
+    backbone = resnet(args.arch, args.width, args.image_size, input_filter=sobel, channels=args.channels)
     k, pca_dim = cluster_sizes(args.clusters, args.pca_dim, len(data), backbone.dim)
     model = DeepCluster(backbone, len(data), k)
     model = sync_batch_norm(model.to(device, dtype, memory_format=torch.channels_last))

@@ -82,6 +82,7 @@ def parse_args(argv=None):
     group.add_argument("--labels", help="1%%, 10%% ... (balanced draw), or a list file of the labelled training images")
     group.add_argument("--arch", help="where the file does not say (default: resnet50)")
     group.add_argument("--width", type=float, help="where the file does not say (default: 1)")
+    group.add_argument("--channels", type=int, help="of a random initialisation (default: 3); a file tells it")
     group.add_argument("--image-size", type=int, help="default: that of the file, else what fits the data")
     group.add_argument("--crop-min", type=float, default=0.08, help="smallest share of the image area in a crop")
     group.add_argument("--flip", type=float, default=0.5, help="probability of a mirrored image")
@@ -234,6 +235,7 @@ class Crops(Loader):
     """A loader whose threads also mirror the crop and apply `rand_augment` to it, in this order."""
 
     flip, magnitude = 0.5, 0.0
+    _crop_batch = None  # PIL's operations take image by image
 
     def _crop(self, image, view, u):
         crop = super()._crop(image, view, u)
@@ -394,6 +396,9 @@ def finetune(args, backbone, meta, data, test, device):
     settings = {"seed": args.seed, "workers": args.workers, "accum": args.accum}
     loader = Crops(data, [view], args.batch_size, device=device, dtype=dtype, **settings)
     loader.flip, loader.magnitude = args.flip, args.rand_augment
+    if loader.magnitude and (data.channels != 3 or getattr(data, "dtype", torch.uint8) != torch.uint8):
+        print0("colours     RandAugment, which is for RGB images of 8 bits, is switched off")
+        loader.magnitude = 0.0
     total, warmup = args.epochs * loader.steps, args.warmup_epochs * loader.steps
 
     model = Classifier(backbone, classes, args.freeze)
@@ -491,8 +496,9 @@ def finetune(args, backbone, meta, data, test, device):
 def main(args):
     device = init(args.device)
     size = args.image_size or (default_size(args.data) if args.pretrained == "random" else None)
-    backbone, meta = load_backbone(args.pretrained, args.arch, args.width, size, args.seed, args.trust_pickle)
-    data, test = labelled(args.data, args.train_list, args.val_list)
+    rest = (size, args.seed, args.trust_pickle, args.channels)
+    backbone, meta = load_backbone(args.pretrained, args.arch, args.width, *rest)
+    data, test = labelled(args.data, args.train_list, args.val_list, meta["channels"])
     everything, labels = len(data), f"all {len(data):,} images"
     if args.labels:
         data, labels = few_labels(data, args.labels, args.seed)

@@ -38,6 +38,7 @@ def parse_args(argv=None):
     parser.add_argument("--trust-pickle", action="store_true", help="allow --pretrained to run code while it is read")
     parser.add_argument("--arch", help="of a random initialisation (default: resnet50); a file tells it")
     parser.add_argument("--width", type=float, help="of a random initialisation (default: 1); a file tells it")
+    parser.add_argument("--channels", type=int, help="of a random initialisation (default: 3); a file tells it")
     parser.add_argument("--image-size", type=int, help="default: that of the file, else what fits the data")
     parser.add_argument("--k", type=int, nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours")
     parser.add_argument("--temperature", type=float, default=0.07)
@@ -55,11 +56,11 @@ def parse_args(argv=None):
 
 
 class Pixels(nn.Module):
-    """The identity as a backbone: (B, 3, S, S) -> (B, 3 S S). What a representation has to beat."""
+    """The identity as a backbone: (B, C, S, S) -> (B, C S S). What a representation has to beat."""
 
-    def __init__(self, size):
+    def __init__(self, size, channels=3):
         super().__init__()
-        self.dim = 3 * size * size
+        self.dim = channels * size * size
 
     def forward(self, x):
         return x.flatten(1)
@@ -69,13 +70,14 @@ def main(args):
     device = init(args.device)
     check_args(args)
     size = args.image_size or (default_size(args.data) if args.pretrained == "random" else None)
-    backbone, meta = load_backbone(args.pretrained, args.arch, args.width, size, args.seed, args.trust_pickle)
+    rest = (size, args.seed, args.trust_pickle, args.channels)
+    backbone, meta = load_backbone(args.pretrained, args.arch, args.width, *rest)
     amp, _, dtype = precision(args.precision, device)
     model = Features(backbone, args.features).to(device, dtype, memory_format=torch.channels_last)
     size = meta["image_size"]
     view = EvalView(size, mean=tuple(meta["mean"]), std=tuple(meta["std"]))
 
-    train, test = labelled(args.data, args.train_list, args.val_list)
+    train, test = labelled(args.data, args.train_list, args.val_list, meta["channels"])
     print0(
         f"data        {args.data}: {len(train):,} training, {len(test):,} test images, {size} px, T {args.temperature}"
     )
@@ -100,7 +102,8 @@ def main(args):
     result["knn"] = evaluate(model, model.names if args.features else ["features"], model.dims)
     result["knn"] = result["knn"] if args.features else result["knn"]["features"]
     if size <= 64:
-        result["pixels"] = evaluate(Pixels(size), ["raw pixels"], 3 * size * size)["raw pixels"]
+        pixels = Pixels(size, meta["channels"])
+        result["pixels"] = evaluate(pixels, ["raw pixels"], pixels.dim)["raw pixels"]
     report(args, "knn", result)
     finish()
     return result

@@ -47,7 +47,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from common.augment import EvalView, View
+from common.augment import EvalView, View, without_colours
 from common.checkpoint import load, load_backbone, save
 from common.data import Loader, default_size, eval_batches, labelled
 from common.distributed import (
@@ -255,7 +255,7 @@ class Cached:
         """({(view, kind): list of (n, ...)}, labels (n,)) of this process's share of a dataset."""
         found = {}
         for view, kinds in wanted.items():
-            blank = next(live.backbone.parameters()).new_zeros(1, 3, view.size, view.size)
+            blank = next(live.backbone.parameters()).new_zeros(1, len(view.mean), view.size, view.size)
             none = {key: [f[:0] for f in parts] for key, parts in live.features(view, blank, kinds).items()}
             batches = [(none, torch.empty(0, dtype=torch.int64, device=blank.device))]  # a share may be empty
             total = -(-len(dataset) // live.micro // world_size())
@@ -395,6 +395,7 @@ def parse_args(argv=None):
     group.add_argument("--val-list", help="test images, likewise")
     group.add_argument("--arch", help="of a random initialisation (default: resnet50); a file tells it")
     group.add_argument("--width", type=float, help="of a random initialisation (default: 1); a file tells it")
+    group.add_argument("--channels", type=int, help="of a random initialisation (default: 3); a file tells it")
     group.add_argument("--image-size", type=int, help="default: that of the file, else what fits the data")
     group = parser.add_argument_group("classifiers")
     group.add_argument("--protocol", default="auto", help=f"auto, or some of {','.join(PROTOCOLS)}")
@@ -452,7 +453,7 @@ def make_probes(names, args, backbone, meta, classes, images, amp):
     """All combinations of protocols and learning rates, and the size of the micro-batches."""
     protocols = {n: adapt(n, backbone, args.epochs, args.batch_size, numbers(args.drops)) for n in names}
     micro, size = micro_batch([p.batch for p in protocols.values()]), meta["image_size"]
-    blank = next(backbone.parameters()).new_zeros(1, 3, size, size)
+    blank = next(backbone.parameters()).new_zeros(1, meta["channels"], size, size)
     found = features(backbone, blank, {p.feature for p in protocols.values()}, amp)
     statistics = {"mean": tuple(meta["mean"]), "std": tuple(meta["std"])}
     probes = []
@@ -460,6 +461,7 @@ def make_probes(names, args, backbone, meta, classes, images, amp):
         colour = {"jitter": (0.4, 0.4, 0.4, 0.0), "jitter_p": 1.0, "lighting": 0.1} if protocol.colour else {}
         test = EvalView(size, interpolation=protocol.test, **statistics)
         train = test if args.cached else View(size, interpolation=protocol.train, **colour, **statistics)
+        train = train if args.cached or meta["channels"] == 3 else without_colours(train)
         shapes = [f.shape[1:] for f in found[protocol.feature]]
         for lr in numbers(args.lr) or (protocol.lr,):
             more = {"seed": args.seed, "device": blank.device, "dtype": blank.dtype}
@@ -591,7 +593,8 @@ def main(args):
     device = init(args.device)
     check_args(args)
     size = args.image_size or (default_size(args.data) if args.pretrained == "random" else None)
-    backbone, meta = load_backbone(args.pretrained, args.arch, args.width, size, args.seed, args.trust_pickle)
+    rest = (size, args.seed, args.trust_pickle, args.channels)
+    backbone, meta = load_backbone(args.pretrained, args.arch, args.width, *rest)
     size = meta["image_size"]
     if size % getattr(backbone, "patch_size", 1):
         fail(f"--image-size {size} is not a multiple of the patch size {backbone.patch_size}")
@@ -599,7 +602,7 @@ def main(args):
     backbone = backbone.to(device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
     before = fingerprint(backbone)
 
-    data, test = labelled(args.data, args.train_list, args.val_list)
+    data, test = labelled(args.data, args.train_list, args.val_list, meta["channels"])
     classes = int(max(data.labels)) + 1
     names = list(dict.fromkeys(args.protocol.split(",")))
     if names == ["auto"]:

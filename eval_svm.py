@@ -53,7 +53,7 @@ from tqdm import tqdm
 
 from common.augment import EvalView, uniforms
 from common.checkpoint import load_backbone
-from common.data import EXTENSIONS, Files, to_rgb
+from common.data import EXTENSIONS, Files
 from common.distributed import all_reduce, finish, init, is_main, print0, rank, world_size
 from common.knn import extract
 from common.log import Parser, check_args, fail, report
@@ -172,20 +172,20 @@ class Squeezed:
 
     labels = classes = None
 
-    def __init__(self, folder, ids, size):
+    def __init__(self, folder, ids, size, channels=3):
         names = sorted(os.listdir(folder), reverse=True) if folder.is_dir() else []
         there = {Path(name).stem: name for name in names if name.lower().endswith(EXTENSIONS)}
         missing = [i for i in ids if i not in there]
         if missing:
             fail(f"{folder} lacks {len(missing)} of the {len(ids)} images of a split, the first is {missing[0]}.jpg")
-        self.files, self.size = Files(folder, [there[i] for i in ids]), size
+        self.files, self.size = Files(folder, [there[i] for i in ids], channels=channels), size
+        self.channels = channels
 
     def __len__(self):
         return len(self.files)
 
     def __getitem__(self, i):
         image, label = self.files[i]
-        image = image if isinstance(image, torch.Tensor) else to_rgb(image)
         return resize(resize(image, [round(self.size * 256 / 224)]), [self.size, self.size]), label
 
 
@@ -199,13 +199,13 @@ def pool_stage(x):
 
 
 class Levels(nn.Module):
-    """A backbone that returns the levels `names` (None: all) side by side: (B, 3, S, S) -> (B, sum of dims)."""
+    """A backbone that returns the levels `names` (None: all) side by side: (B, C, S, S) -> (B, sum of dims)."""
 
-    def __init__(self, backbone, size, names=None):
+    def __init__(self, backbone, size, names=None, channels=3):
         super().__init__()
         self.backbone = backbone.eval()
         with torch.no_grad():
-            levels = self.levels(torch.zeros(1, 3, size, size))
+            levels = self.levels(torch.zeros(1, channels, size, size))
         odd = [name for name in names or [] if name not in levels]
         if odd:
             fail(f"--features {odd[0]}: this network has {', '.join(levels)}")
@@ -472,7 +472,7 @@ def main(args):
         args.pretrained, args.arch, args.width, args.image_size, args.seed, args.trust_pickle
     )
     size = meta["image_size"]
-    model = Levels(backbone, size, args.features)
+    model = Levels(backbone, size, args.features, meta["channels"])
     amp, _, dtype = precision(args.precision, device)
     model = model.to(device, dtype, memory_format=torch.channels_last)
     view = EvalView(size, resize=size, mean=tuple(meta["mean"]), std=tuple(meta["std"]))
@@ -485,7 +485,7 @@ def main(args):
     clock = time.perf_counter()
     parts = []
     for ids in (train_ids, test_ids):
-        dataset = Squeezed(folder, ids, size)
+        dataset = Squeezed(folder, ids, size, meta["channels"])
         parts.append(extract(model, dataset, view, device, args.workers, args.batch_size, amp)[0])
     levels = dict(zip(model.names, torch.cat(parts).split(model.dims, 1), strict=True))
     print0(f"features    {', '.join(f'{k} {v.shape[1]:,}' for k, v in levels.items())} ({_since(clock)})")

@@ -36,10 +36,10 @@ from tqdm import tqdm
 
 from common.augment import EvalView, center_crop
 from common.checkpoint import load_backbone
-from common.data import BadImage, build, default_size, eval_batches, eval_share, to_rgb
+from common.data import BadImage, build, default_size, eval_batches, eval_share, to_tensor
 from common.distributed import any_process, barrier, finish, init, is_main, print0
 from common.knn import Features, nearest
-from common.log import Parser, check_args, fail
+from common.log import Parser, check_args, fail, rgb
 from common.optim import precision
 
 COLOURS = """#1f77b4 #ff7f0e #2ca02c #d62728 #9467bd #8c564b #e377c2 #17becf #bcbd22 #3b3b3b
@@ -60,6 +60,7 @@ def parse_args(argv=None):
     parser.add_argument("--trust-pickle", action="store_true", help="allow --pretrained to run code while it is read")
     parser.add_argument("--arch", help="of a random initialisation (default: resnet50); a file tells it")
     parser.add_argument("--width", type=float, help="of a random initialisation (default: 1); a file tells it")
+    parser.add_argument("--channels", type=int, help="of a random initialisation (default: 3); a file tells it")
     parser.add_argument("--image-size", type=int, help="default: that of the file, else what fits the data")
     parser.add_argument("--batch-size", type=int, default=256, help="images per process and forward pass")
     parser.add_argument("--workers", type=int, default=8, help="loading threads per process")
@@ -304,7 +305,8 @@ def tile(dataset, i, view, side=112):
         image, _ = dataset[i]
     except BadImage:
         return Image.new("RGB", (side, side), "#dddddd")
-    image = center_crop(image if isinstance(image, torch.Tensor) else to_rgb(image), view)
+    image = center_crop(image if isinstance(image, torch.Tensor) else to_tensor(image), view)
+    image = rgb(image[None])[0].round().to(torch.uint8)
     return Image.fromarray(image.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.BICUBIC)
 
 
@@ -313,15 +315,17 @@ def main(args):
     device = init(args.device)
     check_args(args)
     size = args.image_size or (default_size(args.data) if args.pretrained == "random" else None)
-    backbone, meta = load_backbone(args.pretrained, args.arch, args.width, size, args.seed, args.trust_pickle)
+    rest = (size, args.seed, args.trust_pickle, args.channels)
+    backbone, meta = load_backbone(args.pretrained, args.arch, args.width, *rest)
     amp, _, dtype = precision(args.precision, device)
     model = Features(backbone, args.features).to(device, dtype, memory_format=torch.channels_last)
     view = EvalView(meta["image_size"], mean=tuple(meta["mean"]), std=tuple(meta["std"]))
 
     split = args.split or ("train" if args.train_list and not args.val_list else "val")
-    dataset = build(args.data, split, args.val_list if split == "val" else args.train_list, required=bool(args.split))
+    image_list, channels = args.val_list if split == "val" else args.train_list, meta["channels"]
+    dataset = build(args.data, split, image_list, bool(args.split), channels)
     if dataset is None:
-        split, dataset = "train", build(args.data, "train")
+        split, dataset = "train", build(args.data, "train", channels=channels)
     n, labels = len(dataset), dataset.labels
     print0(f"data        {args.data}: {n:,} images, {view.size} px, {', '.join(model.names)}")
     if args.neighbours and n < args.k + 1:

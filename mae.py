@@ -36,10 +36,10 @@ from torchvision.utils import make_grid
 
 from common.augment import EvalView, View, augment, center_crop, uniforms
 from common.checkpoint import compare, init_from, load, load_backbone, refuse, resume, save_run
-from common.data import Files, Loader, Pool, build, default_size, spread
+from common.data import Files, Loader, Pool, build, default_size, fit, spread
 from common.distributed import finish, init, is_main, mean, parallel, print0
 from common.knn import knn_monitor
-from common.log import Logger, Parser, check_args, describe, fail, save_views
+from common.log import Logger, Parser, check_args, describe, fail, rgb, save_views
 from common.optim import cosine, full, param_groups, precision
 from common.vit import Block, initialise, sincos, vit
 
@@ -56,6 +56,9 @@ def parse_args(argv=None):
     group.add_argument("--image-size", type=int, help="pixels of a view (default: 224, or what fits a small named set)")
     group.add_argument("--crop-min", type=float, default=0.2, help="smallest share of the image area in a crop")
     group.add_argument("--flip", type=float, default=0.5, help="probability of a mirrored view")
+    group.add_argument("--channels", type=int, default=3, help="of the images; all can be made 1 or 3")
+    group.add_argument("--stats", choices=["imagenet", "auto"], help="normalisation (default: auto unless 3 channels)")
+    group.add_argument("--decode", choices=["cpu", "gpu"], default="cpu", help="gpu: faster, other rounding")
     group.add_argument("--max-bad", type=int, default=100, help="stop after this many undecodable images")
     group = parser.add_argument_group("MAE")
     group.add_argument("--arch", default="vit_base", help="vit_tiny, small, base, large or huge")
@@ -123,18 +126,18 @@ def augmentation(size, crop_min=0.2, flip=0.5):
 
 # ------------------------------------------------------------------------------------------------------ model
 def patchify(images, patch_size):
-    """(B, 3, H, W) -> (B, L, P * P * 3): patches row by row, in each its rows, its columns, its channels."""
+    """(B, C, H, W) -> (B, L, P * P * C): patches row by row, in each its rows, its columns, its channels."""
     batch, channels, height, width = images.shape
     rows, columns = height // patch_size, width // patch_size
     x = images.reshape(batch, channels, rows, patch_size, columns, patch_size)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, patch_size * patch_size * channels)
 
 
-def unpatchify(patches, grid):
-    """The inverse of patchify for a grid of (rows, columns): (B, L, P * P * 3) -> (B, 3, H, W)."""
-    size = round((patches.shape[2] / 3) ** 0.5)
-    x = patches.reshape(len(patches), *grid, size, size, 3).permute(0, 5, 1, 3, 2, 4)
-    return x.reshape(len(patches), 3, grid[0] * size, grid[1] * size)
+def unpatchify(patches, grid, channels=3):
+    """The inverse of patchify for a grid of (rows, columns): (B, L, P * P * C) -> (B, C, H, W)."""
+    size = round((patches.shape[2] / channels) ** 0.5)
+    x = patches.reshape(len(patches), *grid, size, size, channels).permute(0, 5, 1, 3, 2, 4)
+    return x.reshape(len(patches), channels, grid[0] * size, grid[1] * size)
 
 
 def random_masking(noise, ratio):
@@ -165,12 +168,12 @@ class MAE(nn.Module):
         self.decoder_pos_embed = nn.Parameter(table, requires_grad=False)
         self.decoder_blocks = nn.ModuleList([Block(decoder_dim, decoder_heads) for _ in range(decoder_depth)])
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
-        self.decoder_pred = nn.Linear(decoder_dim, backbone.patch_size**2 * 3)
+        self.decoder_pred = nn.Linear(decoder_dim, backbone.patch_embed.proj.weight[0].numel())
         initialise(nn.ModuleList([self.decoder_embed, self.decoder_blocks, self.decoder_pred]))
         nn.init.normal_(self.mask_token, std=0.02)
 
     def decode(self, tokens, restore):
-        """Tokens of class and visible patches (B, 1 + K, dim) -> predictions of all patches (B, L, P * P * 3)."""
+        """Tokens of class and visible patches (B, 1 + K, dim) -> predictions of all patches (B, L, P * P * C)."""
         x = self.decoder_embed(tokens)
         masked = self.mask_token.expand(len(x), 1 + restore.shape[1] - x.shape[1], -1)
         patches = torch.cat([x[:, 1:], masked], 1)
@@ -181,22 +184,22 @@ class MAE(nn.Module):
         return self.decoder_pred(self.decoder_norm(x))[:, 1:]
 
     def forward(self, x, noise, mask_ratio=0.75):
-        """x: images (B, 3, S, S), noise: uniforms (B, L). Returns predictions (B, L, P * P * 3) and mask (B, L)."""
+        """x: images (B, C, S, S), noise: uniforms (B, L). Returns predictions (B, L, P * P * C) and mask (B, L)."""
         keep, restore, mask = random_masking(noise, mask_ratio)
         return self.decode(self.backbone.tokens(x, keep), restore), mask
 
 
 # ------------------------------------------------------------------------------------------------------- loss
 def statistics(patches):
-    """Mean and standard deviation of each patch (B, L, P * P * 3) -> (B, L, 1); that of a flat patch is 0.001."""
+    """Mean and standard deviation of each patch (B, L, P * P * C) -> (B, L, 1); that of a flat patch is 0.001."""
     return patches.mean(2, keepdim=True), (patches.var(2, keepdim=True) + 1e-6).sqrt()
 
 
 def mae_loss(images, prediction, mask, patch_size, norm_pix=True):
     """Mean squared error over the removed patches; the visible ones do not count.
 
-    images: (B, 3, H, W), prediction: (B, L, P * P * 3), mask: (B, L) -> scalar. norm_pix: patches are scaled to mean 0
-    and unbiased variance 1; so predicting 0, the mean, gives (n - 1) / n for n = 3 P^2 values.
+    images: (B, C, H, W), prediction: (B, L, P * P * C), mask: (B, L) -> scalar. norm_pix: patches are scaled to mean 0
+    and unbiased variance 1; so predicting 0, the mean, gives (n - 1) / n for n = C P^2 values.
     """
     target = patchify(images, patch_size)
     if norm_pix:
@@ -208,7 +211,7 @@ def mae_loss(images, prediction, mask, patch_size, norm_pix=True):
 # --------------------------------------------------------------------------------------------------- training
 @torch.no_grad()
 def reconstruct(model, x, noise, mask_ratio=0.75, norm_pix=True):
-    """Original, visible patches, prediction, prediction around the visible patches: (4, B, 3, S, S), normalised as x.
+    """Original, visible patches, prediction, prediction around the visible patches: (4, B, C, S, S), normalised as x.
 
     norm_pix: the prediction is given back the true mean and standard deviation of each patch, which it does not know.
     """
@@ -219,7 +222,7 @@ def reconstruct(model, x, noise, mask_ratio=0.75, norm_pix=True):
         prediction = prediction * scale + centre
     visible = patches * (1 - mask)
     panels = (patches, visible, prediction, visible + prediction * mask)
-    return torch.stack([unpatchify(p.to(x.dtype), model.backbone.grid) for p in panels])
+    return torch.stack([unpatchify(p.to(x.dtype), model.backbone.grid, x.shape[1]) for p in panels])
 
 
 def save_pictures(path, model, images, mean, std, mask_ratio, norm_pix, seed, amp, max_bad):
@@ -238,7 +241,7 @@ def save_pictures(path, model, images, mean, std, mask_ratio, norm_pix, seed, am
         panels = reconstruct(model, x, noise, mask_ratio, norm_pix).transpose(0, 1).flatten(0, 1).float().cpu()
     panels = panels * torch.tensor(std).view(1, -1, 1, 1) + torch.tensor(mean).view(1, -1, 1, 1)
     zoom = -(-160 // size)  # small images are enlarged without smoothing; the headings need some room, too
-    panels = panels.clamp(0, 1).repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    panels = rgb(panels.clamp(0, 1)).repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     grid = to_pil_image(make_grid(panels, nrow=4, padding=4, pad_value=1.0))
     caption = f"{int(count * (1 - mask_ratio))} of {count} patches visible; predictions in their place are untrained."
     if norm_pix:
@@ -271,7 +274,8 @@ def visualize(args, device):
         refuse(f"--pretrained {args.pretrained}", "encoder and decoder", model, weights)
     model.load_state_dict(weights)
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    images, rest = Files(".", args.visualize), (args.mask_ratio, told["norm_pix"], args.seed, amp)
+    images = Files(".", args.visualize, channels=meta["channels"])
+    rest = (args.mask_ratio, told["norm_pix"], args.seed, amp)
     save_pictures(f"{args.out}/visualize.png", model.to(device, dtype), images, meta["mean"], meta["std"], *rest, 0)
     print0(f"written     {args.out}/visualize.png")
 
@@ -285,18 +289,19 @@ def main(args):
     torch.manual_seed(args.seed)
     amp, scaler, dtype = precision(args.precision, device)
 
-    data = build(args.data, "train", args.train_list)
-    val = build(args.data, "val", args.val_list, required=False)
-    views = augmentation(args.image_size, args.crop_min, args.flip)
-    settings = {"seed": args.seed, "workers": args.workers, "accum": args.accum, "max_bad": args.max_bad}
+    data = build(args.data, "train", args.train_list, channels=args.channels)
+    val = build(args.data, "val", args.val_list, required=False, channels=args.channels)
+    views = fit(augmentation(args.image_size, args.crop_min, args.flip), data, args.stats, args.workers)
+    settings = {k: getattr(args, k) for k in ("seed", "workers", "accum", "max_bad", "decode")}
     loader = Loader(data, views, args.batch_size, device=device, dtype=dtype, **settings)
     total, warmup = args.epochs * loader.steps, args.warmup_epochs * loader.steps
 
-    backbone = vit(args.arch, args.image_size, args.width, args.patch_size, args.depth, args.heads)
+    shape = {k: getattr(args, k) for k in ("arch", "image_size", "width", "patch_size", "depth", "heads", "channels")}
+    backbone = vit(**shape)
     backbone.checkpointing = args.grad_checkpointing
     model = MAE(backbone, args.decoder_dim, args.decoder_depth, args.decoder_heads)
     model = model.to(device, dtype, memory_format=torch.channels_last)
-    patches, values = backbone.grid[0] * backbone.grid[1], 3 * backbone.patch_size**2
+    patches, values = backbone.grid[0] * backbone.grid[1], args.channels * backbone.patch_size**2
     visible = int(patches * (1 - args.mask_ratio))
     if not 0 < visible < patches:
         fail(f"--mask-ratio {args.mask_ratio} leaves {visible} of {patches} patches visible: between 0 and all must be")
@@ -311,8 +316,8 @@ def main(args):
     net = torch.compile(net) if args.compile else net
 
     chance = (values - 1) / values if args.norm_pix else None
-    lines = {"tokens": f"{visible} of {patches} patches of {backbone.patch_size} px are visible to the encoder"}
-    lines |= {"chance": f"loss {values - 1}/{values} = {chance:.3f}, predicting means"} if chance else {}
+    lines = {"chance": f"loss {values - 1}/{values} = {chance:.3f}, predicting means"} if chance else {}
+    lines |= {"tokens": f"{visible} of {patches} patches of {backbone.patch_size} px are visible to the encoder"}
     describe(args, data, loader, model, lr=f"{args.lr} x {args.batch_size}/256 = {peak:.4g}", **lines)
     log = Logger(args, loader, total, step, chance=chance)
 

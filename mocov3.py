@@ -44,7 +44,7 @@ from torch import nn
 
 from common.augment import EvalView, View
 from common.checkpoint import init_from, resume, save_run
-from common.data import Loader, build, default_size
+from common.data import Loader, build, default_size, fit
 from common.distributed import finish, gather, init, mean, parallel, rank, sync_batch_norm
 from common.knn import knn_monitor
 from common.log import Logger, Parser, check_args, describe, fail, output_std, save_views
@@ -85,6 +85,9 @@ def parse_args(argv=None):
     group.add_argument("--image-size", type=int, help="pixels of a view (default: 224, or what fits a small named set)")
     group.add_argument("--crop-min", type=float, help="smallest share of the image area in a crop (unset: by --arch)")
     group.add_argument("--flip", type=float, default=0.5, help="probability of a mirrored view")
+    group.add_argument("--channels", type=int, default=3, help="of the images; all can be made 1 or 3")
+    group.add_argument("--stats", choices=["imagenet", "auto"], help="normalisation (default: auto unless 3 channels)")
+    group.add_argument("--decode", choices=["cpu", "gpu"], default="cpu", help="gpu: faster, other rounding")
     group.add_argument("--max-bad", type=int, default=100, help="stop after this many undecodable images")
     group = parser.add_argument_group("MoCo v3")
     group.add_argument("--arch", default="resnet50", help="resnet18 ... resnet152, or vit_tiny, small, base ...")
@@ -157,10 +160,10 @@ def augmentation(size, crop_min=0.2, flip=0.5):
 
 
 # ------------------------------------------------------------------------------------------------------ model
-def transformer(arch, image_size, width=1.0, patch_size=None, depth=None, heads=None, freeze=True):
+def transformer(arch, image_size, width=1.0, patch_size=None, depth=None, heads=None, freeze=True, channels=3):
     """The ViT of the paper, as the official code starts it: Glorot-uniform for each of the matrices that give queries,
     keys and values, a class token near 0, fixed positions, rows before columns. freeze: of the patch embedding."""
-    shape = {"patch_size": patch_size, "depth": depth, "heads": heads}
+    shape = {"patch_size": patch_size, "depth": depth, "heads": heads, "channels": channels}
     backbone = vit(arch, image_size, width, positions="sincos-yx", freeze_patch_embed=freeze, **shape)
     for block in backbone.blocks:
         for matrix in block.attn.qkv.weight.detach().chunk(3):
@@ -249,18 +252,18 @@ def main(args):
     torch.manual_seed(args.seed)
     amp, scaler, dtype = precision(args.precision, device)
 
-    data = build(args.data, "train", args.train_list)
-    val = build(args.data, "val", args.val_list, required=False)
-    views = augmentation(args.image_size, args.crop_min, args.flip)
-    settings = {"seed": args.seed, "workers": args.workers, "accum": args.accum, "max_bad": args.max_bad}
+    data = build(args.data, "train", args.train_list, channels=args.channels)
+    val = build(args.data, "val", args.val_list, required=False, channels=args.channels)
+    views = fit(augmentation(args.image_size, args.crop_min, args.flip), data, args.stats, args.workers)
+    settings = {k: getattr(args, k) for k in ("seed", "workers", "accum", "max_bad", "decode")}
     loader = Loader(data, views, args.batch_size, device=device, dtype=dtype, **settings)
     total, warmup = args.epochs * loader.steps, args.warmup_epochs * loader.steps
 
     if args.arch.startswith("vit"):  # MoCo v3
         shape = (args.width, args.patch_size, args.depth, args.heads)
-        backbone = transformer(args.arch, args.image_size, *shape, freeze=not args.train_patch_embed)
+        backbone = transformer(args.arch, args.image_size, *shape, not args.train_patch_embed, args.channels)
     else:
-        backbone = resnet(args.arch, args.width, args.image_size, zero_init_residual=True)
+        backbone = resnet(args.arch, args.width, args.image_size, zero_init_residual=True, channels=args.channels)
     model = MoCoV3(backbone, args.dim, args.hidden_dim)
     model = sync_batch_norm(model.to(device, dtype, memory_format=torch.channels_last))
     if args.init:

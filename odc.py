@@ -41,7 +41,7 @@ from torch import nn
 
 from common.augment import EvalView, View, uniforms
 from common.checkpoint import init_from, resume, save_run
-from common.data import Loader, build, default_size
+from common.data import Loader, build, default_size, fit
 from common.distributed import finish, gather, gather_uneven, init, mean, parallel, rank, sync_batch_norm, world_size
 from common.kmeans import kmeans
 from common.knn import extract, knn_monitor
@@ -62,6 +62,9 @@ def parse_args(argv=None):
     group.add_argument("--image-size", type=int, help="pixels of a view (default: 224, or what fits a small named set)")
     group.add_argument("--crop-min", type=float, default=0.08, help="smallest share of the image area in a crop")
     group.add_argument("--flip", type=float, default=0.5, help="probability of a mirrored view")
+    group.add_argument("--channels", type=int, default=3, help="of the images; all can be made 1 or 3")
+    group.add_argument("--stats", choices=["imagenet", "auto"], help="normalisation (default: auto unless 3 channels)")
+    group.add_argument("--decode", choices=["cpu", "gpu"], default="cpu", help="gpu: faster, other rounding")
     group.add_argument("--max-bad", type=int, default=100, help="stop after this many undecodable images")
     group = parser.add_argument_group("ODC")
     group.add_argument("--arch", default="resnet50", help="resnet18, 34, 50, 101 or 152")
@@ -262,15 +265,15 @@ def main(args):
     torch.manual_seed(args.seed)
     amp, scaler, dtype = precision(args.precision, device)
 
-    data = build(args.data, "train", args.train_list)
-    val = build(args.data, "val", args.val_list, required=False)
-    views = augmentation(args.image_size, args.crop_min, args.flip)
-    settings = {"seed": args.seed, "workers": args.workers, "accum": args.accum, "max_bad": args.max_bad}
+    data = build(args.data, "train", args.train_list, channels=args.channels)
+    val = build(args.data, "val", args.val_list, required=False, channels=args.channels)
+    views = fit(augmentation(args.image_size, args.crop_min, args.flip), data, args.stats, args.workers)
+    settings = {k: getattr(args, k) for k in ("seed", "workers", "accum", "max_bad", "decode")}
     loader = Loader(data, views, args.batch_size, device=device, dtype=dtype, **settings)
     noise = (args.batch_size, args.hidden_dim, args.dropout, args.accum, device)
     total, warmup = args.epochs * loader.steps, args.warmup_epochs * loader.steps
 
-    backbone = resnet(args.arch, args.width, args.image_size)
+    backbone = resnet(args.arch, args.width, args.image_size, channels=args.channels)
     k = cluster_count(args.clusters, len(data), args.min_cluster)
     model = ODC(backbone, len(data), k, args.hidden_dim, args.dim)
     model = sync_batch_norm(model.to(device, dtype, memory_format=torch.channels_last))

@@ -44,6 +44,8 @@ def encode(path, resize, quality):
     data = path.read_bytes()
     if not resize:
         return data, None
+    if path.suffix.lower() == ".npy":
+        raise ValueError("an array, not a picture: pack without --resize")
     with Image.open(io.BytesIO(data)) as image:
         scale = resize / min(image.size)
         if scale >= 1 and image.format == "JPEG":

@@ -35,7 +35,7 @@ from torch import nn
 
 from common.augment import EvalView, View
 from common.checkpoint import init_from, resume, save_run
-from common.data import Loader, build, default_size
+from common.data import Loader, build, default_size, fit
 from common.distributed import all_reduce, finish, gather, init, mean, parallel, rank, sync_batch_norm, world_size
 from common.knn import knn_monitor
 from common.log import Logger, Parser, check_args, describe, output_std, save_views
@@ -58,6 +58,9 @@ def parse_args(argv=None):
     group.add_argument("--crop-min", type=float, nargs="+", help="smallest share of the image area, per group")
     group.add_argument("--crop-max", type=float, nargs="+", help="largest share of the image area, per group")
     group.add_argument("--flip", type=float, default=0.5, help="probability of a mirrored view")
+    group.add_argument("--channels", type=int, default=3, help="of the images; all can be made 1 or 3")
+    group.add_argument("--stats", choices=["imagenet", "auto"], help="normalisation (default: auto unless 3 channels)")
+    group.add_argument("--decode", choices=["cpu", "gpu"], default="cpu", help="gpu: faster, other rounding")
     group.add_argument("--max-bad", type=int, default=100, help="stop after this many undecodable images")
     group = parser.add_argument_group("SwAV")
     group.add_argument("--arch", default="resnet50", help="resnet18, 34, 50, 101 or 152")
@@ -234,14 +237,15 @@ def main(args):
     torch.manual_seed(args.seed)
     amp, scaler, dtype = precision(args.precision, device)
 
-    data = build(args.data, "train", args.train_list)
-    val = build(args.data, "val", args.val_list, required=False)
+    data = build(args.data, "train", args.train_list, channels=args.channels)
+    val = build(args.data, "val", args.val_list, required=False, channels=args.channels)
     views = augmentation(args.crops, args.sizes, args.crop_min, args.crop_max, args.flip, args.color_strength)
-    settings = {"seed": args.seed, "workers": args.workers, "accum": args.accum, "max_bad": args.max_bad}
+    views = fit(views, data, args.stats, args.workers)
+    settings = {k: getattr(args, k) for k in ("seed", "workers", "accum", "max_bad", "decode")}
     loader = Loader(data, views, args.batch_size, device=device, dtype=dtype, **settings)
     total, warmup = args.epochs * loader.steps, args.warmup_epochs * loader.steps
 
-    backbone = resnet(args.arch, args.width, args.image_size)
+    backbone = resnet(args.arch, args.width, args.image_size, channels=args.channels)
     prototypes, queue = code_sizes(args.prototypes, args.queue, args.batch_size, len(data))
     model = SwAV(backbone, args.dim, args.hidden_dim, prototypes, queue)
     model = sync_batch_norm(model.to(device, dtype, memory_format=torch.channels_last))

@@ -1,4 +1,4 @@
-"""Augmentation: drawn per sample on the CPU, cropped there, everything else applied in batch on the device.
+"""Augmentation: drawn per sample on the CPU, cropped where the image is, everything else in batch on the device.
 
 A script writes its paper's recipe as numbers, one `View` per view. What happens to sample i in epoch e and view v
 is a pure function of (seed, e, i, v): `uniforms` turns those four into numbers, `crop_box` and `plan` turn the
@@ -53,6 +53,11 @@ class View:
     lighting: float = 0.0
     mean: tuple = IMAGENET_MEAN
     std: tuple = IMAGENET_STD
+
+
+def without_colours(view):
+    """A view without the operations that need red, green and blue: for images of other channels."""
+    return dataclasses.replace(view, jitter=(*view.jitter[:2], 0.0, 0.0), gray_p=0.0, lighting=0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,41 +156,129 @@ def normals(u):
     return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
 
 
-# ------------------------------------------------------------------------------------------- cropping (CPU, uint8)
-def crop_resize(image, box, size, interpolation="bilinear"):
-    """uint8 (3, H, W) -> uint8 (3, size, size): PIL's crop-then-resize within one grey level, antialiased (bicubic:
-    but for one value in some thousands, at edges where it overshoots).
+# ---------------------------------------------------------------------------------------------------- cropping
+def _resize(image, box, height, width, interpolation):
+    """The box (top, left, height, width) of an image (C, H, W) at another size, antialiased.
 
-    Sliced as (1, H, W, 3), the crop of a decoded image is recognised as channels-last, which halves the time: torch's
-    uint8 kernel then reads and writes whole pixels.
+    Sliced as (1, H, W, C), the crop of a decoded image is recognised as channels-last, which halves the time: torch's
+    uint8 kernel then reads and writes whole pixels. That kernel works on the CPU only.
     """
-    top, left, height, width = box
-    crop = image.permute(1, 2, 0)[None, top : top + height, left : left + width].permute(0, 3, 1, 2)
-    if (height, width) == (size, size):
+    top, left, rows, columns = box
+    crop = image.permute(1, 2, 0)[None, top : top + rows, left : left + columns].permute(0, 3, 1, 2)
+    if (rows, columns) == (height, width):
         return crop[0]
-    return F.interpolate(crop, (size, size), mode=interpolation, antialias=True, align_corners=False)[0]
+    exact = crop.device.type == "cpu" or crop.is_floating_point()
+    crop = crop if exact else crop.float()
+    crop = F.interpolate(crop, (height, width), mode=interpolation, antialias=True, align_corners=False)[0]
+    if interpolation == "bicubic" and crop.is_floating_point():
+        crop.clamp_(0, 255)  # it overshoots at edges
+    return crop if exact else crop.round_().to(torch.uint8)
+
+
+def crop_resize(image, box, size, interpolation="bilinear"):
+    """(C, H, W) -> (C, size, size) of the same type, uint8 or float32 in [0, 255]: PIL's crop-then-resize within one
+    grey level, antialiased (bicubic: but for one value in some thousands, at edges where it overshoots)."""
+    return _resize(image, box, size, size, interpolation)
 
 
 def center_crop(image, view):
-    """The EvalView of an image: uint8 (3, H, W) -> uint8 (3, size, size)."""
-    size, (height, width) = view.size, image.shape[1:]
-    resize = view.resize or (size if size <= 64 else round(size * 256 / 224))
-    height, width = (resize * side // min(height, width) for side in (height, width))  # as torchvision's Resize
-    if (height, width) != tuple(image.shape[1:]):
-        mode = view.interpolation
-        image = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)  # channels-last, as in crop_resize
-        image = F.interpolate(image, (height, width), mode=mode, antialias=True, align_corners=False)[0]
-    top, left = round((height - size) / 2), round((width - size) / 2)
-    return image[:, top : top + size, left : left + size]
+    """The EvalView of an image: (C, H, W) -> (C, size, size) of the same type."""
+    height, width = _eval_size(view, *image.shape[1:])
+    image = _resize(image, (0, 0, *image.shape[1:]), height, width, view.interpolation)
+    return _central(image, view.size)
+
+
+def _eval_size(view, height, width):
+    """Height and width that an image gets before its central part is taken, as torchvision's Resize has them."""
+    resize = view.resize or (view.size if view.size <= 64 else round(view.size * 256 / 224))
+    return tuple(resize * side // min(height, width) for side in (height, width))
+
+
+def _central(images, size):
+    """The central pixels of images (..., H, W)."""
+    top, left = (round((side - size) / 2) for side in images.shape[-2:])
+    return images[..., top : top + size, left : left + size]
+
+
+# Many images of one size at once, on any device, in the integers that torch's uint8 kernel on the CPU uses: bit for bit
+# the pixels of the functions above, which tests/test_augment.py asserts.
+def _bilinear(x):
+    return np.maximum(0, 1 - np.abs(x))
+
+
+def _bicubic(x):  # Keys (1981), a = -1/2, as PIL's
+    x = np.abs(x)
+    return np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, np.where(x < 2, ((x - 5) * x + 8) * x * -0.5 + 2, 0))
+
+
+FILTERS = {"bilinear": (_bilinear, 1), "bicubic": (_bicubic, 2)}  # and how far they reach, in pixels
+
+
+@functools.lru_cache(maxsize=16)
+def _taps(longest, size, interpolation, device):
+    """How 1 to `longest` pixels become `size`: row n is the way of n pixels to it.
+
+    Returns first (longest + 1, size), the first pixel that counts; weights (longest + 1, size, K) of it and those after
+    it, in units of 2^-precision; precision (longest + 1,), the largest that keeps weights below 2^15. All int64.
+    """
+    kernel, reach = FILTERS[interpolation]
+    length = np.arange(longest + 1)[:, None]
+    scale = length / size
+    support = reach * np.maximum(scale, 1)  # longer than the filter when the image shrinks: antialiasing
+    centre = scale * (np.arange(size) + 0.5)
+    first = np.maximum((centre - support + 0.5).astype(np.int64), 0)
+    count = np.minimum((centre + support + 0.5).astype(np.int64), length) - first
+    tap = np.arange(count.max())
+    weights = kernel((tap + first[..., None] - centre[..., None] + 0.5) / np.maximum(scale, 1)[..., None])
+    weights = np.where(tap < count[..., None], weights, 0)
+    weights /= np.maximum(weights.sum(-1, keepdims=True), 1e-9)
+    largest = weights.max((1, 2))
+    precision = np.array([max(p for p in range(22) if p == 0 or int(0.5 + w * 2**p) < 2**15) for w in largest])
+    weights *= 2.0 ** precision[:, None, None]
+    weights = np.trunc(weights + np.copysign(0.5, weights)).astype(np.int64)
+    return [torch.from_numpy(table).to(device) for table in (first, weights, precision)]
+
+
+def _resize_axis(x, dim, start, length, size, interpolation):
+    """Resizes dimension 1 or 2 of int32 images (B, H, W, C): `length` (B,) pixels from `start` (B,) on."""
+    first, weights, precision = _taps(max(x.shape[1:3]), size, interpolation, x.device)
+    weights, precision = weights[length].to(torch.int32), precision[length].to(torch.int32).view(-1, 1, 1, 1)
+    pixel = start[:, None] + first[length]
+    shape = (len(x), size, 1, 1) if dim == 1 else (len(x), 1, size, 1)
+    to = (-1, -1, x.shape[2], x.shape[3]) if dim == 1 else (-1, x.shape[1], -1, x.shape[3])
+    total = (1 << precision) // 2  # rounds to the nearest
+    for tap in range(weights.shape[2]):
+        at = (pixel + tap).clamp_(max=x.shape[dim] - 1).view(shape).expand(to)  # beyond the end the weights are 0
+        total = total + x.gather(dim, at) * weights[:, :, tap].reshape(shape)
+    return (total >> precision).clamp_(0, 255)
+
+
+def crop_resize_batch(images, boxes, size, interpolation="bilinear"):
+    """`crop_resize` of uint8 images (B, H, W, C) with boxes (B, 4), int64: uint8 (B, size, size, C)."""
+    height, width = (size, size) if isinstance(size, int) else size
+    top, left, rows, columns = boxes.unbind(1)
+    x = _resize_axis(images.to(torch.int32), 2, left, columns, width, interpolation)
+    return _resize_axis(x, 1, top, rows, height, interpolation).to(torch.uint8)
+
+
+def center_crop_batch(images, view):
+    """`center_crop` of uint8 images (B, H, W, C): uint8 (B, size, size, C)."""
+    shape = images.shape[1:3]
+    if _eval_size(view, *shape) != tuple(shape):
+        boxes = torch.tensor([[0, 0, *shape]], device=images.device).expand(len(images), 4)
+        images = crop_resize_batch(images, boxes, _eval_size(view, *shape), view.interpolation)
+    return _central(images.permute(0, 3, 1, 2), view.size).permute(0, 2, 3, 1)
 
 
 # --------------------------------------------------------------- batched operators (any device, float in [0, 1])
 def _gray(x, _=None):
-    return (x[:, 0] * 0.2989 + x[:, 1] * 0.587 + x[:, 2] * 0.114)[:, None]
+    if x.shape[1] != 3:
+        return x.mean(1, keepdim=True)
+    return (x[:, 0] * 0.2989).add_(x[:, 1], alpha=0.587).add_(x[:, 2], alpha=0.114)[:, None]
 
 
 def _blend(x, other, amount):
-    return torch.lerp(other, x, amount).clamp_(0, 1)
+    return (x * amount).add_(other * (1 - amount)).clamp_(0, 1)
 
 
 def _brightness(x, amount):
@@ -193,59 +286,57 @@ def _brightness(x, amount):
 
 
 def _contrast(x, amount):
-    return _blend(x, _gray(x).mean((2, 3), keepdim=True).expand_as(x), amount)
+    return _blend(x, _gray(x).mean((2, 3), keepdim=True), amount)
 
 
 def _saturation(x, amount):
-    return _blend(x, _gray(x).expand_as(x), amount)
+    return _blend(x, _gray(x), amount)
 
 
 def _hue(x, amount):
-    """Rotates the hue of HSV by `amount` turns. The way back uses f(n) = v - c * clip(min(k, 4 - k), 0, 1) with
-    k = (n + 6 h) mod 6, which needs no case distinction."""
+    """Rotates the hue of HSV by `amount` turns. Hue h, in sixths of a turn, is where it lies between the channels; the
+    way back is low + c * clip(|h - 3| - 1, 0, 1) for red and low + c * clip(2 - |h - n|, 0, 1), n = 2 and 4, for green
+    and blue. Which channel is the largest decides by sign(0) = 0 and sign(> 0) = 1, between which lerp takes either end
+    exactly: torch.where is slower on a CPU."""
     r, g, b = x.unbind(1)
-    value, chroma = x.amax(1), x.amax(1) - x.amin(1)
-    scale = 1 / torch.where(chroma == 0, 1, chroma)
-    sextant = torch.where(
-        value == r, (g - b) * scale, torch.where(value == g, 2 + (b - r) * scale, 4 + (r - g) * scale)
-    )
-    sextant = sextant + 6 * amount[:, 0]
-    channels = []
-    for n in (5, 3, 1):
-        k = torch.remainder(sextant + n, 6)
-        channels.append(value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1))
-    return torch.stack(channels, 1)
+    value, low = torch.maximum(torch.maximum(r, g), b), torch.minimum(torch.minimum(r, g), b)
+    chroma = value - low
+    h = torch.lerp((b - r).add_(chroma, alpha=2), (r - g).sub_(chroma, alpha=2), (value - g).sign_())
+    h = torch.lerp(g - b, h, (value - r).sign_())
+    h.div_(chroma.clamp(min=torch.finfo(x.dtype).tiny)).add_(6 * amount[:, 0])  # greys: 0 / tiny
+    h.sub_((h / 6).floor_(), alpha=6)
+    parts = [(h - 3).abs_().sub_(1), 2 - (h - 2).abs_(), 2 - (h - 4).abs_()]
+    return torch.stack([p.clamp_(0, 1).mul_(chroma).add_(low) for p in parts], 1)
 
 
-@functools.lru_cache(maxsize=16)
-def _shifts(size, radius, device):
-    """(2 radius + 1, size * size): row k is the matrix that moves by k - radius pixels, mirrored at the borders."""
-    position = torch.arange(size)[None] + torch.arange(-radius, radius + 1)[:, None]
-    position = position.abs()
-    position = torch.where(position >= size, 2 * (size - 1) - position, position)
-    return F.one_hot(position, size).float().reshape(2 * radius + 1, size * size).to(device)
+def _band(sigma, size, max_sigma):
+    """Gaussian kernels (one sigma each) as matrices (B, block, block + 2 radius): `block` neighbouring pixels from all
+    that they depend on, each row being the one above moved by one. Returns radius, block and these."""
+    radius, block = min(round(5.5 * max_sigma), size - 1), 32 if size % 32 == 0 else size
+    taps = torch.arange(-radius, radius + 1, device=sigma.device)
+    kernel = torch.exp(-0.5 * (taps / sigma.view(-1, 1)).square())
+    kernel = kernel / kernel.sum(1, keepdim=True)
+    rows = F.pad(kernel[:, None].expand(-1, block, -1), (0, block)).flatten(1)
+    return radius, block, rows[:, :-block].unflatten(1, (block, -1))  # rows one shorter: each starts one later
 
 
 def _blur(x, sigma, max_sigma=2.0):
-    """Gaussian blur, one sigma (pixels) per image: both axes as one banded matrix product each, mirrored borders.
+    """Gaussian blur, one sigma (pixels) per image, mirrored borders: along both axes, each block of 32 pixels is a
+    matrix product of the 54 around it, which multiplies a quarter as often as one product per axis would.
 
     The kernel reaches 5.5 of the largest sigma, as the usual 23 taps at 224 pixels do.
     """
     height, width = x.shape[2:]
-    matrices = []
-    for size in (height, width):
-        radius = min(round(5.5 * max_sigma), size - 1)
-        taps = torch.arange(-radius, radius + 1, device=x.device)
-        kernel = torch.exp(-0.5 * (taps / sigma.view(-1, 1)).square())
-        kernel = kernel / kernel.sum(1, keepdim=True)
-        matrices.append((kernel @ _shifts(size, radius, x.device)).view(-1, 1, size, size))
-    rows, columns = matrices
-    return rows @ x @ columns.transpose(2, 3)
+    (up, tall, rows), (left, wide, columns) = (_band(sigma, size, max_sigma) for size in (height, width))
+    x = F.pad(x, (left, left, up, up), mode="reflect")
+    x = x.unfold(3, wide + 2 * left, wide).flatten(1, 3) @ columns.transpose(1, 2)
+    x = x.view(len(sigma), -1, height + 2 * up, width).unfold(2, tall + 2 * up, tall)
+    return (rows[:, None, None] @ x.transpose(3, 4)).flatten(2, 3)
 
 
 OPERATORS = {
     "flip": lambda x, _: x.flip(3),
-    "gray": lambda x, _: _gray(x).expand_as(x),
+    "gray": lambda x, _: _gray(x).expand_as(x).contiguous(),
     "brightness": _brightness,
     "contrast": _contrast,
     "saturation": _saturation,
@@ -256,22 +347,44 @@ OPERATORS = {
 CHANNELS = {"red": 0, "green": 1, "blue": 2}  # operations that add their amount to one channel, in place
 
 
+def _portions(images, steps):
+    """Images and steps in portions that a CPU's cache holds from one operation to the next: images above 147 pixels one
+    by one, smaller ones, for which the calls would cost more, by about 8 MB. On a GPU everything at once."""
+    numbers = images.shape[1:].numel()
+    count = len(images) if images.device.type != "cpu" else 2**21 // numbers if numbers < 2**16 else 1
+    if count >= len(images):
+        return [(images, steps)]
+    portions = [(part, []) for part in images.split(count)]
+    for name, rows, amounts in steps:
+        sizes = (rows // count).bincount(minlength=len(portions)).tolist()
+        parts = zip(portions, (rows % count).split(sizes), amounts.split(sizes), strict=True)
+        [own.append((name, r, a)) for (_, own), r, a in parts if len(r)]
+    return portions
+
+
 @torch.no_grad()
 def augment(images, steps, mean, std, dtype=torch.float32):
     """Applies a `plan` to a batch and normalises it.
 
-    images: uint8 (B, 3, H, W) on any device. steps: as from `plan`, rows and amounts as tensors on that device.
-    Returns (B, 3, H, W) of `dtype`, channels_last, (x / 255 - mean) / std per channel.
+    images: uint8 (B, 3, H, W) on any device. steps: as from `plan`, rows (ascending) and amounts as tensors on
+    that device. Returns (B, 3, H, W) of `dtype`, channels_last, (x / 255 - mean) / std per channel.
     """
-    x = images.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
-    with torch.autocast(x.device.type, enabled=False):
-        for name, rows, amounts in steps:
-            if name in CHANNELS:
-                x[rows, CHANNELS[name]] += amounts.view(-1, 1, 1)
-            else:
-                x[rows] = OPERATORS[name](x[rows], amounts.view(-1, 1, 1, 1))
-    mean, std = _channel_vectors(mean, std, x.device)
-    return x.sub_(mean).div_(std).to(dtype, memory_format=torch.channels_last)
+    result = torch.empty(images.shape, dtype=dtype, device=images.device, memory_format=torch.channels_last)
+    mean, std = _channel_vectors(mean, std, images.device)
+    first = 0
+    for part, own in _portions(images, steps):
+        x = torch.empty(part.shape, device=part.device).copy_(part).div_(255)
+        with torch.autocast(x.device.type, enabled=False):
+            for name, rows, amounts in own:
+                if name in CHANNELS:
+                    x[rows, CHANNELS[name]] += amounts.view(-1, 1, 1)
+                elif len(rows) == len(x):
+                    x = OPERATORS[name](x, amounts.view(-1, 1, 1, 1))
+                else:
+                    x[rows] = OPERATORS[name](x[rows], amounts.view(-1, 1, 1, 1))
+        result[first : first + len(x)] = x.sub_(mean).div_(std)
+        first += len(x)
+    return result
 
 
 @functools.lru_cache(maxsize=16)

@@ -98,6 +98,7 @@ def save_run(args, step, images, model, optimizer, scaler, backbone, recipe, **m
         "arch": args.arch,
         "width": args.width,
         "image_size": args.image_size,
+        "channels": len(recipe.mean),
         "mean": list(recipe.mean),
         "std": list(recipe.std),
         **getattr(backbone, "config", {}),  # whatever else the architecture needs to be built again
@@ -216,7 +217,8 @@ def construct(found, shape, where):
         if found.family == "vit":
             return vit.vit(**shape)
         size = resnet.SMALL if shape["small"] else 224  # the stem goes with the size the network was trained at
-        network = resnet.resnet(shape["arch"], shape["width"], size, input_filter=found.weights.get("input_filter"))
+        inputs = {"input_filter": found.weights.get("input_filter"), "channels": shape["channels"]}
+        network = resnet.resnet(shape["arch"], shape["width"], size, **inputs)
     if shape["small"]:
         network.conv1.padding = (found.layout.padding, found.layout.padding)
     if not found.stem_relu:
@@ -258,21 +260,35 @@ def resize_positions(weights, network):
     return weights | {"pos_embed": vit.resize_positions(table.float(), (side, side), network.grid)}
 
 
-def load_backbone(path, arch=None, width=None, image_size=None, seed=0, trust_pickle=False):
+def load_backbone(path, arch=None, width=None, image_size=None, seed=0, trust_pickle=False, channels=None):
     """The network behind `--pretrained`: (backbone, meta). "random" gives a random initialisation.
 
-    arch, width, image_size: taken from the file, which has them in words (ours) or in the shapes of its tensors; an
-    arch or width that contradicts it ends the program. Another image_size makes a ViT interpolate its positions.
+    arch, width, channels, image_size: taken from the file, which has them in words (ours) or in the shapes of its
+    tensors; one of the first three that contradicts it ends the program. Another image_size makes a ViT interpolate
+    its positions.
     trust_pickle: see `load`. Prints how many tensors matched: all, or the program ends.
     """
+    if not 1 <= (3 if channels is None else channels) <= 10_000:
+        fail(f"--channels must lie between 1 and 10000, not {channels}")
     if str(path) != "random":
         state = load(path, "--pretrained", trust_pickle)
-        return assemble(find(state, f"--pretrained {path}", arch), path, arch, width, image_size)
+        backbone, meta = assemble(find(state, f"--pretrained {path}", arch), path, arch, width, image_size)
+        if channels not in (None, meta["channels"]):
+            fail(f"--channels {channels}: {path} is for images of {meta['channels']}; leave the flag out")
+        return backbone, meta
     meta = {"method": "random", "arch": arch or "resnet50", "width": width or 1.0, "image_size": image_size or 224}
+    meta |= normalisation(channels or 3)
     torch.manual_seed(seed)
     make = vit.vit if meta["arch"].startswith("vit") else resnet.resnet
-    backbone = make(meta["arch"], width=meta["width"], image_size=meta["image_size"])
-    return backbone, meta | IMAGENET | getattr(backbone, "config", {})
+    shape = {k: meta[k] for k in ("width", "image_size", "channels")}
+    backbone = make(meta["arch"], **shape)
+    return backbone, meta | getattr(backbone, "config", {})
+
+
+def normalisation(channels):
+    """Channels, mean and standard deviation where a file says nothing of them: ImageNet's, if they are three."""
+    other = {"mean": [0.5] * channels, "std": [0.25] * channels}
+    return {"channels": channels} | (IMAGENET if channels == 3 else other)
 
 
 def assemble(found, path, arch=None, width=None, image_size=None):
@@ -302,9 +318,11 @@ def assemble(found, path, arch=None, width=None, image_size=None):
     _, matched, needed = compare(backbone, weights)
     counters = {k: torch.tensor(0) for k in backbone.state_dict() if k.endswith("num_batches_tracked")}
     backbone.to_empty(device="cpu").load_state_dict(counters | weights)
-    meta = {"method": found.name, "arch": shape["arch"], "width": shape["width"], "image_size": size, **IMAGENET}
+    meta = {"method": found.name, "arch": shape["arch"], "width": shape["width"], "image_size": size}
+    meta |= normalisation(shape["channels"])
     meta |= getattr(backbone, "config", {}) | found.meta | ({"image_size": image_size} if image_size else {})
     print0(f"pretrained  {path}: {meta['method']}, {meta['arch']}{kind}, tensors matched {matched}/{needed}")
     if "mean" not in found.meta:
-        print0("normalised  with ImageNet's mean and standard deviation: the file does not say")
+        which = "ImageNet's mean and standard deviation" if meta["channels"] == 3 else "mean 0.5 and deviation 0.25"
+        print0(f"normalised  with {which}: the file does not say")
     return backbone, meta

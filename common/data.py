@@ -2,7 +2,8 @@
 
 The loader decodes and crops in threads (decoding and resizing release the interpreter lock) into uint8 batches a few
 steps ahead, and the rest of the augmentation runs in batch on the device when a script asks for `batch.views()`.
-A dataset is anything with `__len__` and `__getitem__(i) -> (uint8 tensor (3, H, W) or PIL image, int label)`.
+A dataset is anything with `__len__` and `__getitem__(i) -> (uint8 tensor (3, H, W) or PIL image, int label)`. One with
+other channels says so in its attribute `channels`; one with `dtype` float32 gives such tensors, in [0, 255].
 """
 
 import collections
@@ -10,6 +11,7 @@ import concurrent.futures
 import dataclasses
 import io
 import json
+import math
 import os
 import sys
 import threading
@@ -26,11 +28,12 @@ from common.distributed import print0, rank, world_size
 from common.log import fail
 
 try:
-    from torchvision.io import ImageReadMode, decode_jpeg
+    from torchvision.io import ImageReadMode, decode_jpeg, decode_png
 except ImportError:  # torchvision means to drop its decoders one day; PIL reads the same files
-    decode_jpeg = None
+    decode_jpeg = decode_png = None
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp")
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".npy")
+DEEP = (".npy", ".png", ".tif", ".tiff", ".pgm")  # may hold more than 8 bits
 NAMES = {"digits": 16, "cifar10": 32, "cifar100": 32, "stl10": 96, "fake": 64}  # and the size they are used at
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "test")}  # names of their folders
 ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}  # beside train.tar and val.tar
@@ -42,57 +45,126 @@ class BadImage(Exception):
     """An image that cannot be decoded; the text names the file and the reason."""
 
 
-def to_rgb(image):
-    """Any PIL image -> uint8 (3, H, W): upright (EXIF), 16-bit and float grey scaled to 8 bits."""
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # PIL's names of images with so many channels
+
+
+def to_tensor(image, channels=3, dtype=torch.uint8):
+    """Any PIL image -> (channels, H, W), upright (EXIF). 16-bit and float grey is scaled to [0, 255], and rounded if
+    dtype is uint8. Any image becomes grey or RGB; with other numbers of channels it must have as many."""
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":  # convert("RGB") would clip these at 255
-        array = np.asarray(image, dtype=np.float32)
+    if image.mode.startswith("I") or image.mode == "F":  # convert() would clip these at 255
+        array = np.array(image, dtype=np.float32)
         if image.mode.startswith("I;16") or array.max(initial=0) > 255:
             array = array / 257
         elif image.mode == "F" and array.max(initial=0) <= 1:
             array = array * 255
-        image = Image.fromarray(array.round().clip(0, 255).astype(np.uint8))
+        return _typed(torch.from_numpy(array)[None], channels, dtype)
     image.info.pop("transparency", None)  # changes no colour, and PIL warns of it
-    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+    if channels not in (1, 3) and len(image.getbands()) == channels:
+        array = np.array(image)
+    elif channels in (1, 3):
+        array = np.array(image.convert(MODES[channels]))
+    else:
+        raise ValueError(f"has {len(image.getbands())} channels, --channels says {channels}")
+    array = array[:, :, None] if array.ndim == 2 else array
+    return torch.from_numpy(array).permute(2, 0, 1)
 
 
-def _jpeg_pixels(data):
-    """Pixels that a JPEG says it has, from its frame header; 0 if there is none."""
+def _typed(image, channels, dtype):
+    """A tensor (c, H, W) in [0, 255] as (channels, H, W) of dtype: grey is repeated, any other number must agree."""
+    if image.shape[0] == 1 and channels == 3:
+        image = image.expand(3, -1, -1)
+    if image.shape[0] != channels:
+        raise ValueError(f"has {image.shape[0]} channels, --channels says {channels}")
+    if image.is_floating_point() and dtype == torch.uint8:
+        image = image.round().clamp(0, 255)
+    return image.to(dtype) if image.is_floating_point() else image
+
+
+def _array(data, channels, dtype):
+    """A NumPy file (H, W), (H, W, C) or (C, H, W) of uint8, uint16 or floats in [0, 1]."""
+    array = np.load(io.BytesIO(data), allow_pickle=False)
+    shape, fit = array.shape, (channels, 1) if channels == 3 else (channels,)
+    if array.ndim == 2:
+        array = array[..., None]
+    elif array.ndim == 3 and shape[2] not in fit and shape[0] in fit:
+        array = array.transpose(1, 2, 0)
+    if array.ndim != 3 or array.shape[2] not in fit:
+        raise ValueError(f"has the shape {shape}: expected (H, W, C) or (C, H, W), --channels says C = {channels}")
+    array = np.ascontiguousarray(array).transpose(2, 0, 1)  # a pixel's values lie side by side, as in decoded images
+    if array.dtype == np.uint8:
+        return _typed(torch.from_numpy(array), channels, dtype)
+    if array.dtype == np.uint16:
+        return _typed(torch.from_numpy(array.astype(np.float32) / 257), channels, dtype)
+    if array.dtype.kind != "f":
+        raise ValueError(f"holds {array.dtype}: expected uint8, uint16, or floats in [0, 1]")
+    low, high = (array.min(), array.max()) if array.size else (0, 0)
+    if not (low >= 0 and high <= 1):  # not a number is neither
+        raise ValueError(f"holds floats from {low:g} to {high:g}: scale all images alike to [0, 1]")
+    return _typed(torch.from_numpy(array.astype(np.float32) * 255), channels, dtype)
+
+
+def _jpeg_size(data):
+    """(pixels, channels) that a JPEG says it has, from its frame header; (0, 0) if there is none."""
     at = 2
     while at + 9 < len(data) and data[at] == 0xFF:
         marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            return int.from_bytes(data[at + 5 : at + 7], "big") * int.from_bytes(data[at + 7 : at + 9], "big")
+            height, width = (int.from_bytes(data[at + i : at + i + 2], "big") for i in (5, 7))
+            return height * width, data[at + 9]
         at += 1 if marker == 0xFF else 2 + length
-    return 0
+    return 0, 0
 
 
-def decode(data):
-    """Encoded bytes -> uint8 (3, H, W). JPEG by torchvision's decoder, everything unusual by PIL.
+def _is_deep(data):
+    """Does an encoded image hold more than 8 bits per value?"""
+    if data[:6] == b"\x93NUMPY":
+        return np.load(io.BytesIO(data), mmap_mode=None, allow_pickle=False).dtype != np.uint8
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        return data[24] == 16
+    if data[:4] in (b"II*\0", b"MM\0*") or data[:2] == b"P5":
+        with Image.open(io.BytesIO(data)) as image:
+            return image.mode.startswith("I") or image.mode == "F"
+    return False
+
+
+def decode(data, channels=3, dtype=torch.uint8):
+    """Encoded bytes -> (channels, H, W) of dtype, or uint8. JPEG by torchvision's decoder, everything unusual by PIL.
 
     A picture of more pixels than PIL accepts, which a few bytes can claim to be, is an error before memory is taken.
     """
-    if decode_jpeg is not None and data[:3] == b"\xff\xd8\xff" and _jpeg_pixels(data) <= Image.MAX_IMAGE_PIXELS:
-        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        try:
-            image = decode_jpeg(encoded, mode=ImageReadMode.UNCHANGED, apply_exif_orientation=True)
-            if image.shape[0] == 3:
-                return image
-            if image.shape[0] == 1:
-                return image.expand(3, -1, -1)
-        except RuntimeError:
-            pass  # PIL reads some more kinds, and has the better message for the rest
+    if decode_jpeg is not None and data[:3] == b"\xff\xd8\xff" and channels in (1, 3):
+        if _jpeg_size(data)[0] <= Image.MAX_IMAGE_PIXELS:
+            encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            mode = ImageReadMode.UNCHANGED if channels == 3 else ImageReadMode.GRAY
+            try:
+                image = decode_jpeg(encoded, mode=mode, apply_exif_orientation=True)
+                if image.shape[0] in (1, 3):
+                    return image.expand(channels, -1, -1)
+            except RuntimeError:
+                pass  # PIL reads some more kinds, and has the better message for the rest
+    if data[:6] == b"\x93NUMPY":
+        return _array(data, channels, dtype)
     with Image.open(io.BytesIO(data)) as image:
-        return to_rgb(image)
+        # PIL reads 16-bit colour as 8 bits; opening it has checked the size
+        if decode_png is not None and dtype != torch.uint8 and image.format == "PNG" and data[24:26] == b"\x10\x02":
+            image = decode_png(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.UNCHANGED)
+            return _typed(image.to(torch.float32) / 257, channels, dtype)
+        return to_tensor(image, channels, dtype)
 
 
 class Files:
-    """Image files. names: their paths relative to root, an archive.Names or a list, which becomes one."""
+    """Image files. names: their paths relative to root, an archive.Names or a list, which becomes one.
 
-    def __init__(self, root, names, labels=None, classes=None):
+    channels: of the tensors, whatever the files have. dtype: float32, set by `build`, where they hold more than 8 bits.
+    """
+
+    dtype = torch.uint8
+
+    def __init__(self, root, names, labels=None, classes=None, channels=3):
         self.root, self.names = os.fsencode(root), Names.of(names) if isinstance(names, list) else names
         self.labels = None if labels is None else np.asarray(labels, dtype=np.int64)
-        self.classes = classes
+        self.classes, self.channels = classes, channels
 
     def __len__(self):
         return len(self.names)
@@ -107,11 +179,14 @@ class Files:
 
     def __getitem__(self, i):
         try:
-            image = decode(self.read(i))
+            image = decode(self.read(i), self.channels, self.dtype)
         except Exception as error:  # decoders raise a dozen kinds, all of which mean the same to the reader
-            reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error).partition("\n")[0]
-            raise BadImage(f"{self.path(i)}: {type(error).__name__}: {reason}") from None
+            raise self.bad(i, error) from None
         return image, -1 if self.labels is None else int(self.labels[i])
+
+    def bad(self, i, error):
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error).partition("\n")[0]
+        return BadImage(f"{self.path(i)}: {type(error).__name__}: {reason}")
 
 
 class Tar(Files):
@@ -127,10 +202,11 @@ class Tar(Files):
 
 
 class Arrays:
-    """Images held in memory as one uint8 array (N, H, W, 3)."""
+    """Images held in memory as one uint8 array (N, H, W, C)."""
 
     def __init__(self, images, labels, classes=None):
         self.images, self.labels, self.classes = images, np.asarray(labels, dtype=np.int64), classes
+        self.channels = images.shape[3]
         if (self.labels < 0).all():
             self.labels = None
 
@@ -148,8 +224,8 @@ class Arrays:
 class Fake:
     """Coloured noise of 10 classes, drawn from the index: for trying things without data."""
 
-    def __init__(self, n, offset, size=64):
-        self.n, self.offset, self.size = n, offset, size
+    def __init__(self, n, offset, size=64, channels=3):
+        self.n, self.offset, self.size, self.channels = n, offset, size, channels
         self.labels, self.classes = np.arange(n) % 10, [str(c) for c in range(10)]
 
     def __len__(self):
@@ -160,10 +236,9 @@ class Fake:
 
     def __getitem__(self, i):
         label = int(self.labels[i])
-        noise = augment.uniforms(0, 0, [i + self.offset], 99, self.size * self.size * 3).reshape(
-            self.size, self.size, 3
-        )
-        tint = augment.uniforms(0, 0, [label], 98, 3)
+        shape = (self.size, self.size, self.channels)
+        noise = augment.uniforms(0, 0, [i + self.offset], 99, math.prod(shape)).reshape(shape)
+        tint = augment.uniforms(0, 0, [label], 98, self.channels)
         return torch.from_numpy((255 * (noise + tint) / 2).astype(np.uint8)).permute(2, 0, 1), label
 
 
@@ -174,6 +249,7 @@ class Subset:
         self.dataset, self.indices = dataset, np.asarray(indices)
         self.labels = None if dataset.labels is None else dataset.labels[self.indices]
         self.classes = dataset.classes
+        self.channels, self.dtype = getattr(dataset, "channels", 3), getattr(dataset, "dtype", torch.uint8)
 
     def __len__(self):
         return len(self.indices)
@@ -198,8 +274,9 @@ def default_size(data):
     return NAMES.get(str(data).partition(":")[0], 224)
 
 
-def build(data, split, image_list=None, required=True):
+def build(data, split, image_list=None, required=True, channels=3):
     """The dataset that `--data` names. split: "train" or "val". image_list: a list file instead of the folder's own.
+    channels: of its images.
 
     data: a folder with train/ and val/ (class sub-folders, or flat), a folder of images, or one of NAMES
     (cifar10:/path to say where it lies, fake:N for N images). Returns None if the split does not exist and
@@ -207,7 +284,23 @@ def build(data, split, image_list=None, required=True):
     """
     name, _, where = str(data).partition(":")
     if name in NAMES and not image_list:
-        return _named(name, where, split)
+        return _named(name, where, split, channels)
+    dataset = _files(data, split, image_list, required)
+    if dataset is not None:
+        dataset.channels = channels
+        deep = [i for i in range(0, len(dataset), -(-len(dataset) // 8)) if dataset.path(i).lower().endswith(DEEP)]
+        dataset.dtype = torch.float32 if any(_looks_deep(dataset, i) for i in deep) else torch.uint8
+    return dataset
+
+
+def _looks_deep(dataset, i):
+    try:
+        return _is_deep(dataset.read(i))
+    except Exception:  # a broken file: it is told when it is loaded
+        return False
+
+
+def _files(data, split, image_list, required):
     root = Path(data)
     archive = _archive(root, split)
     if archive:
@@ -226,9 +319,9 @@ def build(data, split, image_list=None, required=True):
     return _from_folder(found or root, labelled=found is not None)
 
 
-def labelled(data, train_list=None, val_list=None):
+def labelled(data, train_list=None, val_list=None, channels=3):
     """Training and test set of an evaluation: (train, val). Ends the program if labels are missing or do not agree."""
-    train, val = build(data, "train", train_list), build(data, "val", val_list)
+    train, val = build(data, "train", train_list, True, channels), build(data, "val", val_list, True, channels)
     for split, flag, dataset in (("training", "--train-list", train), ("test", "--val-list", val)):
         if dataset.labels is None:
             fail(f"--data {data}: the {split} images have no labels (put them in class folders, or give {flag})")
@@ -398,13 +491,23 @@ def _listed(root):
     return there
 
 
-def _named(name, where, split):
+def _named(name, where, split, channels):
     train = split == "train"
     if name == "fake":
         if where and not (where.isdigit() and int(where) > 0):
             fail(f"--data fake:{where}: the part after the colon is the number of images")
         n = int(where or 1000)
-        return Fake(n, 0) if train else Fake(max(10, n // 5), n)
+        return Fake(n, 0, channels=channels) if train else Fake(max(10, n // 5), n, channels=channels)
+    dataset = _array_set(name, where, train)
+    if channels == 1:  # PIL's weights of red, green and blue
+        r, g, b = (dataset.images[..., c].astype(np.uint32) * w for c, w in enumerate((19595, 38470, 7471)))
+        dataset.images, dataset.channels = ((r + g + b + 0x8000) >> 16).astype(np.uint8)[..., None], 1
+    elif channels != 3:
+        fail(f"--channels {channels}: {name} has 3, and can be made grey (1)")
+    return dataset
+
+
+def _array_set(name, where, train):
     if name == "digits":
         from sklearn.datasets import load_digits
 
@@ -458,12 +561,25 @@ class Loader:
 
     views: one `augment.View` each. batch_size: images per optimiser step over all processes and `accum` micro-batches.
     `epoch(e)` yields `steps * accum` micro-batches of `local` images; the last, incomplete step is dropped.
+    decode: "cpu", or "gpu" to decode JPEGs in batch on a CUDA device: another decoder, whose pixels differ by a few
+    levels. Small sets that lie in memory are kept on a CUDA device and cropped there, with the same pixels.
     waited: seconds that the caller has spent waiting for images so far. streams: which random numbers each view takes
     (0, 1, 2 ... unless the caller sets it); views of one stream and one kind of crop see the same part of an image.
     """
 
     def __init__(
-        self, dataset, views, batch_size, *, seed=0, device="cpu", workers=4, accum=1, max_bad=100, dtype=None
+        self,
+        dataset,
+        views,
+        batch_size,
+        *,
+        seed=0,
+        device="cpu",
+        workers=4,
+        accum=1,
+        max_bad=100,
+        dtype=None,
+        decode="cpu",
     ):
         if batch_size > len(dataset):
             fail(f"--batch-size {batch_size} is larger than the data set ({len(dataset)} images)")
@@ -471,7 +587,7 @@ class Loader:
         self.batch_size, self.local = batch_size, batch_size // (world_size() * accum)
         self.steps, self.streams = len(dataset) // batch_size, range(len(self.recipes))
         self.dtype = dtype or torch.float32
-        self.pool = Pool(dataset, device, workers, max_bad)
+        self.pool = Pool(dataset, device, workers, max_bad, decode)
 
     @property
     def waited(self):
@@ -500,7 +616,7 @@ class Loader:
             draws = [augment.uniforms(self.seed, epoch, key, v, augment.DRAWS) for v in self.streams]
             return order[part], np.stack(draws)
 
-        for indices, draws, images, labels in self.pool.run(map(job, jobs), self.recipes, self._crop):
+        for indices, draws, images, labels in self.pool.run(map(job, jobs), self.recipes, self._crop, self._crop_batch):
             steps = [self._steps(augment.plan(recipe, u)) for recipe, u in zip(self.recipes, draws, strict=True)]
             on_device = self.pool.to_device(torch.from_numpy(indices))
             yield Batch(images, steps, self.recipes, labels, on_device, self.dtype, indices)
@@ -509,6 +625,11 @@ class Loader:
     def _crop(image, view, u):
         box = augment.crop_box(u.tolist(), image.shape[1], image.shape[2], view)
         return augment.crop_resize(image, box, view.size, view.interpolation)
+
+    def _crop_batch(self, images, view, draws):
+        boxes = [augment.crop_box(u, *images.shape[1:3], view) for u in draws.tolist()]
+        boxes = self.pool.to_device(torch.tensor(boxes))
+        return augment.crop_resize_batch(images, boxes, view.size, view.interpolation)
 
     def _steps(self, steps):
         """The rows and amounts of a plan on the device, in two transfers."""
@@ -540,37 +661,163 @@ def eval_batches(dataset, view, batch_size, device, workers=4, dtype=torch.float
     parts = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
     pool = Pool(dataset, device, workers, max_bad=100)
     jobs = ((part, np.zeros((1, len(part), 0))) for part in parts)
-    for part, _, images, labels in pool.run(jobs, (view,), lambda image, view, u: augment.center_crop(image, view)):
+    for part, _, images, labels in pool.run(jobs, (view,), center_crop, center_crop_batch):
         yield augment.augment(images[0], [], view.mean, view.std, dtype), labels, torch.from_numpy(part)
 
 
-class Pool:
-    """Threads that fill uint8 batches. workers = 0 does the same in the calling thread."""
+def center_crop(image, view, u):
+    return augment.center_crop(image, view)
 
-    def __init__(self, dataset, device, workers, max_bad):
+
+def center_crop_batch(images, view, u):
+    return augment.center_crop_batch(images, view)
+
+
+def statistics(dataset, size, workers=4, most=1000):
+    """(mean, std) per channel, in [0, 1], over the central `size` x `size` pixels of `most` evenly spaced images."""
+    images = spread(dataset, most)
+    parts = np.array_split(np.arange(len(images)), -(-len(images) // 64))
+    jobs = [(rows, np.zeros((1, len(rows), 0))) for rows in parts]
+    total, square, count = 0, 0, 0
+    for _, _, (x,), _ in Pool(images, "cpu", workers, max_bad=100).run(jobs, (augment.EvalView(size),), center_crop):
+        x = x.double() / 255
+        total, square = total + x.sum((0, 2, 3)), square + x.square().sum((0, 2, 3))
+        count += x.numel() // x.shape[1]
+    mean = total / count
+    std = (square / count - mean.square()).clamp(min=0).sqrt()
+    return tuple(mean.tolist()), tuple(std.clamp(min=1 / 255).tolist())  # a channel without contrast stays finite
+
+
+def fit(views, dataset, stats=None, workers=4):
+    """Views for the images of a dataset: normalised as `--stats` says, colour operators only where there are colours.
+
+    stats: "imagenet" or "auto", the mean and standard deviation of the images themselves (`statistics`); by default
+    "auto" unless they have three channels.
+    """
+    channels = getattr(dataset, "channels", 3)
+    changes = {}
+    if channels != 3:
+        if stats == "imagenet":
+            fail(f"--stats imagenet is for 3 channels, --channels says {channels}: leave it out")
+        plain = [augment.without_colours(v) for v in views]
+        if plain != list(views):
+            print0(f"colours     {channels} channels: saturation, hue, greyscale and lighting are switched off")
+        views = plain
+    if (stats or ("imagenet" if channels == 3 else "auto")) == "auto":
+        mean, std = statistics(dataset, views[0].size, workers)
+        changes = {"mean": mean, "std": std}
+        shown = (" ".join(f"{x:.3f}" for x in values[:8]) + (" ..." if channels > 8 else "") for values in (mean, std))
+        print0("statistics  mean {}, std {}".format(*shown))
+    return [dataclasses.replace(v, **changes) for v in views]
+
+
+class Pool:
+    """Threads that fill batches in host memory. workers = 0 does the same in the calling thread.
+
+    A small set that is held in memory is kept on a CUDA device as a whole instead, and its batches are cut there.
+    decode: "gpu" leaves the decoding of JPEGs to a CUDA device.
+    """
+
+    def __init__(self, dataset, device, workers, max_bad, decode="cpu"):
         self.dataset, self.device, self.max_bad = dataset, torch.device(device), max_bad
+        self.channels, self.dtype = getattr(dataset, "channels", 3), getattr(dataset, "dtype", torch.uint8)
         self.pinned = self.device.type == "cuda"
         self.workers, self.bad, self.lock, self.waited = workers, set(), threading.Lock(), 0.0
         torch.get_num_threads()  # fixes this thread's number before the loading threads set theirs to one
         self.threads = concurrent.futures.ThreadPoolExecutor(workers, initializer=_one_thread) if workers else None
+        self.decode, self.resident = decode, None
+        if decode == "gpu":
+            check_gpu_decoder(dataset, self.device)
+        else:
+            self.resident = resident(dataset, self.device)
+        if self.resident is not None:
+            labels = np.full(len(dataset), -1) if dataset.labels is None else dataset.labels
+            self.labels = torch.from_numpy(labels).to(self.device)
 
     def to_device(self, tensor):
         if self.pinned:
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
 
-    def run(self, jobs, views, crop):
+    def run(self, jobs, views, crop, crop_batch=None):
         """jobs: (indices (B,), draws (V, B, n)) each. Yields (indices, draws, images per view on the device, labels).
 
-        The uint8 buffers are used again; on CUDA only after the copy to the device has been made.
+        crop(image (C, H, W), view, draws (n,)) -> (C, S, S); crop_batch(images (B, H, W, C), view, draws (B, n)) ->
+        (B, S, S, C) the same for images on the device. Buffers are used again; on CUDA only after the copy to the
+        device has been made.
         """
+        way = self._decoding if self.decode == "gpu" else self._loading
+        if self.resident is not None and crop_batch:
+            return self._cutting(jobs, views, crop_batch)
+        return way(iter(jobs), views, crop)
+
+    def _cutting(self, jobs, views, crop_batch):
+        for indices, draws in jobs:
+            rows = self.to_device(torch.from_numpy(np.asarray(indices)))
+            images = self.resident[rows]
+            crops = [crop_batch(images, view, draws[v]).permute(0, 3, 1, 2) for v, view in enumerate(views)]
+            yield indices, draws, crops, self.labels[rows]
+
+    def _decoding(self, jobs, views, crop):
+        """Threads read the files, the device decodes and crops: what is no plain JPEG is decoded by the threads."""
+        queue, read = collections.deque(), self.threads.map if self.threads else map
+
+        def submit():
+            for indices, draws in jobs:
+                queue.append((indices, draws, read(self._read, indices.tolist())))
+                return
+
+        for _ in range(AHEAD):
+            submit()
+        try:
+            while queue:
+                indices, draws, files = queue.popleft()
+                clock = time.perf_counter()
+                files = list(files)
+                self.waited += time.perf_counter() - clock
+                submit()
+                images, labels = zip(*self._decode_batch(indices, files), strict=True)
+                crops = [
+                    torch.stack([crop(image, view, u) for image, u in zip(images, draws[v], strict=True)])
+                    for v, view in enumerate(views)
+                ]
+                yield indices, draws, crops, self.to_device(torch.tensor(labels))
+        except TooManyBad as error:
+            _give_up(error)
+
+    def _read(self, index):
+        """(bytes as a tensor (n,), label) of a JPEG that the device can decode; of anything else what `_load` gives."""
+        try:
+            data = self.dataset.read(index)
+        except OSError:
+            data = b""
+        pixels, channels = _jpeg_size(data) if data[:3] == b"\xff\xd8\xff" else (0, 0)
+        # orientation (EXIF) is for the CPU's decoder
+        if 0 < pixels <= Image.MAX_IMAGE_PIXELS and channels in (1, 3) and b"Exif\0\0" not in data:
+            label = -1 if self.dataset.labels is None else int(self.dataset.labels[index])
+            return torch.frombuffer(bytearray(data), dtype=torch.uint8), label
+        return self._load(index)
+
+    def _decode_batch(self, indices, files):
+        """Pairs of image (C, H, W) on the device and label, from those of `_read`."""
+        rows = [row for row, (image, _) in enumerate(files) if image.ndim == 1]
+        mode = ImageReadMode.RGB if self.channels == 3 else ImageReadMode.GRAY
+        try:
+            decoded = decode_jpeg([files[row][0] for row in rows], mode=mode, device=self.device) if rows else []
+            for row, image in zip(rows, decoded, strict=True):
+                files[row] = image, files[row][1]
+        except RuntimeError:  # one of them is broken: the CPU names it and takes its neighbour
+            for row in rows:
+                files[row] = self._load(int(indices[row]))
+        return [(image.to(self.device), label) for image, label in files]
+
+    def _loading(self, jobs, views, crop):
         free, queue = collections.deque(), collections.deque()
-        jobs = iter(jobs)
 
         def submit():
             for indices, draws in jobs:
                 slot = free.popleft() if free else _Slot()
-                slot.prepare(len(indices), views, self.pinned)
+                slot.prepare(len(indices), views, self.channels, self.dtype, self.pinned)
                 chunk = max(1, min(8, len(indices) // max(1, self.workers)))
                 parts = [range(i, min(i + chunk, len(indices))) for i in range(0, len(indices), chunk)]
                 work = [(self._fill, slot, indices, draws, part, views, crop) for part in parts]
@@ -600,8 +847,7 @@ class Pool:
                 if not self.threads:
                     submit()
         except TooManyBad as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            raise SystemExit(2) from None
+            _give_up(error)
         finally:  # after an error, or when the caller has seen enough
             for *_, futures in queue:
                 [future.cancel() for future in futures if self.threads]
@@ -618,7 +864,7 @@ class Pool:
         for offset in range(len(self.dataset)):
             try:
                 image, label = self.dataset[(index + offset) % len(self.dataset)]
-                return (image if isinstance(image, torch.Tensor) else to_rgb(image)), label
+                return (image if isinstance(image, torch.Tensor) else to_tensor(image, self.channels)), label
             except BadImage as error:
                 self._report((index + offset) % len(self.dataset), error)
         raise TooManyBad("no image can be decoded")
@@ -637,18 +883,53 @@ class TooManyBad(Exception):
     """More undecodable images than allowed."""
 
 
+def _give_up(error):
+    print(f"error: {error}", file=sys.stderr, flush=True)  # from whichever process met it
+    raise SystemExit(2) from None
+
+
+def in_memory(dataset):
+    """The uint8 array (N, H, W, C) of a dataset that holds its images in memory; None for others."""
+    if isinstance(dataset, Subset):
+        images = in_memory(dataset.dataset)
+        return None if images is None else images[dataset.indices]
+    return dataset.images if isinstance(dataset, Arrays) else None
+
+
+def resident(dataset, device):
+    """The images (N, H, W, C) of a set held in memory, on a CUDA device of which they take less than a quarter."""
+    images = in_memory(dataset) if device.type == "cuda" else None
+    if images is None or 4 * images.nbytes > torch.cuda.mem_get_info(device)[0]:
+        return None
+    return torch.from_numpy(images).to(device)
+
+
+def check_gpu_decoder(dataset, device):
+    """Ends the program with one line where `--decode gpu` cannot work."""
+    if device.type != "cuda":
+        fail(f"--decode gpu needs a CUDA device, and this run is on {device.type}: leave the flag out")
+    if not isinstance(dataset, Files) or dataset.channels not in (1, 3) or dataset.dtype != torch.uint8:
+        fail("--decode gpu: --data names no grey or colour image files of 8 bits: leave the flag out")
+    try:
+        file = io.BytesIO()
+        Image.new("RGB", (16, 16)).save(file, "JPEG")
+        decode_jpeg([torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)], device=device)
+    except (RuntimeError, TypeError) as error:  # decode_jpeg may be None
+        fail(f"--decode gpu: torchvision cannot decode here ({str(error).splitlines()[0]}): leave the flag out")
+
+
 class _Slot:
-    """The uint8 buffers of one batch."""
+    """The buffers of one batch."""
 
     def __init__(self):
         self.images, self.labels, self.copied = [], None, None
 
-    def prepare(self, n, views, pinned):
+    def prepare(self, n, views, channels, dtype, pinned):
         if self.copied is not None:
             self.copied.synchronize()
         if self.labels is None or len(self.labels) < n:
-            shapes = [(n, v.size, v.size, 3) for v in views]
-            self.images = [torch.empty(shape, dtype=torch.uint8, pin_memory=pinned) for shape in shapes]
+            shapes = [(n, v.size, v.size, channels) for v in views]
+            self.images = [torch.empty(shape, dtype=dtype, pin_memory=pinned) for shape in shapes]
             self.labels = torch.empty(n, dtype=torch.int64, pin_memory=pinned)
 
 

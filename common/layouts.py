@@ -187,7 +187,7 @@ def _shaped(weights, name, *shape):
 
 
 def resnet_shape(weights):
-    """What the shapes tell of a ResNet: arch (the nearest one), width, small (a 3x3 stem)."""
+    """What the shapes tell of a ResNet: arch (the nearest one), width, small (a 3x3 stem), channels of the images."""
     blocks = [len({k.split(".")[1] for k in weights if k.startswith(f"layer{i}.")}) for i in range(1, 5)]
     bottleneck = "layer1.0.conv3.weight" in weights
 
@@ -196,7 +196,11 @@ def resnet_shape(weights):
         return (block is Bottleneck) != bottleneck, sum(abs(a - b) for a, b in zip(blocks, counts, strict=True))
 
     stem = _shaped(weights, "conv1.weight", 64, 3, 7, 7)
-    return {"arch": min(resnet.ARCHS, key=distance), "width": len(stem) / 64, "small": stem.shape[-1] == 3}
+    inputs = _shaped(weights, "input_filter", 2, 3, 3, 3) if "input_filter" in weights else stem
+    # 2 in a foreign file: edges (Sobel) of colour images, made by a filter that the file does not have
+    channels = 3 if inputs.shape[1] == 2 else inputs.shape[1]
+    small = stem.shape[-1] == 3
+    return {"arch": min(resnet.ARCHS, key=distance), "width": len(stem) / 64, "small": small, "channels": channels}
 
 
 def vit_shape(weights, heads=(), arch=None):
@@ -223,6 +227,7 @@ def vit_shape(weights, heads=(), arch=None):
         "width": dim / vit.ARCHS[name][0],
         "image_size": side * patch,
         "patch_size": patch,
+        "channels": proj.shape[1],
         "depth": len({k.split(".")[1] for k in weights if k.startswith("blocks.")}),
         "heads": usual if usual and dim % usual == 0 and dim % 4 == 0 else None,
         "positions": positions,

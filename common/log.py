@@ -70,7 +70,8 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 def check_args(args):
     """Refuses values that no script can use: exit 2 and one line naming the flag."""
     positive = {"epochs", "batch_size", "accum", "log_every", "width", "lr", "crop_min", "temperature"}
-    positive |= {"dim", "hidden_dim", "pred_dim", "clusters", "prototypes", "layer_decay", "head_lr", "val_every"}
+    positive |= {"channels", "dim", "hidden_dim", "pred_dim", "clusters", "prototypes", "layer_decay", "head_lr"}
+    positive |= {"val_every"}
     at_most_one = {"crop_min", "flip", "layer_decay", "drop_path", "erase", "smoothing"}
     most = {
         "image_size": 10_000,
@@ -79,6 +80,7 @@ def check_args(args):
         "decoder_depth": 1000,
         "lr": 1e9,
         "workers": 1000,
+        "channels": 10_000,
         "batch_size": 10**7,
         "temperature": 1000,
     }
@@ -339,6 +341,11 @@ def _memory():
         return 0.0
 
 
+def rgb(x):
+    """Images (B, C, H, W) as a picture can show them, (B, 3, H, W): the first three channels, or the first in grey."""
+    return x[:, :3] if x.shape[1] >= 3 else x[:, :1].expand(-1, 3, -1, -1)
+
+
 def save_views(path, batch, count=8):
     """PNG of the first samples of a batch: a column per sample, a row per view, as the network sees them."""
     if not is_main():
@@ -348,7 +355,7 @@ def save_views(path, batch, count=8):
         x = x[:count].float().cpu()
         x = x * torch.tensor(view.std).view(1, -1, 1, 1) + torch.tensor(view.mean).view(1, -1, 1, 1)
         size = max(96, x.shape[-1])  # small images are enlarged without smoothing, so that their pixels can be seen
-        rows.append(torch.nn.functional.interpolate(x.clamp(0, 1), (size, size), mode="nearest"))
+        rows.append(torch.nn.functional.interpolate(rgb(x).clamp(0, 1), (size, size), mode="nearest"))
     size = max(c.shape[-1] for c in rows)
     rows = [torch.nn.functional.pad(c, (0, size - c.shape[-1], 0, size - c.shape[-1]), value=1.0) for c in rows]
     grid = torchvision.utils.make_grid(torch.cat(rows), nrow=len(rows[0]), padding=4, pad_value=1.0)

@@ -18,7 +18,7 @@ SMALL = 64  # pixels up to which the stem is a 3x3 convolution of stride 1 witho
 
 
 class ResNet(nn.Module):
-    """The convolutional part: images (B, 3, H, W) -> pooled features (B, dim).
+    """The convolutional part: images (B, channels, H, W) -> pooled features (B, dim).
 
     width multiplies the channels of every layer, the stem's included (Chen et al. 2020, SimCLR, section 2.1).
     Keys and initialisation are torchvision's, so that `torchvision.models.resnet50().load_state_dict(...,
@@ -28,11 +28,11 @@ class ResNet(nn.Module):
     instead of the image. It is a buffer: not trained, but saved with the weights, so that it cannot be forgotten.
     """
 
-    def __init__(self, block, layers, width=1.0, small=False, zero_init_residual=False, input_filter=None):
+    def __init__(self, block, layers, width=1.0, small=False, zero_init_residual=False, input_filter=None, channels=3):
         super().__init__()
         self.channels = round(64 * width)
         self.register_buffer("input_filter", input_filter)
-        inputs = 3 if input_filter is None else len(input_filter)
+        inputs = channels if input_filter is None else len(input_filter)
         if small:
             self.conv1 = nn.Conv2d(inputs, self.channels, 3, stride=1, padding=1, bias=False)
         else:
@@ -75,11 +75,11 @@ class ResNet(nn.Module):
         return torch.flatten(self.stages(x)[-1].mean((2, 3)), 1)
 
 
-def resnet(arch, width=1.0, image_size=224, zero_init_residual=False, input_filter=None):
-    """A ResNet by name. Images of at most 64 pixels get the small stem."""
+def resnet(arch, width=1.0, image_size=224, zero_init_residual=False, input_filter=None, channels=3):
+    """A ResNet by name. Images of at most 64 pixels get the small stem. channels: of the images."""
     if arch not in ARCHS:
         fail(f"--arch {arch}: unknown, expected one of {', '.join(ARCHS)}")
     block, layers = ARCHS[arch]
     if not 1 / 64 <= width <= 64:
         fail(f"--width {width} must lie between 1/64, which leaves one channel of 64, and 64")
-    return ResNet(block, layers, width, image_size <= SMALL, zero_init_residual, input_filter)
+    return ResNet(block, layers, width, image_size <= SMALL, zero_init_residual, input_filter, channels)

@@ -61,11 +61,11 @@ def path_factors(u, rate):
 
 
 class PatchEmbed(nn.Module):
-    """(B, 3, H, W) -> patch tokens (B, H/P * W/P, dim), row by row."""
+    """(B, C, H, W) -> patch tokens (B, H/P * W/P, dim), row by row."""
 
-    def __init__(self, patch_size, dim):
+    def __init__(self, patch_size, dim, channels=3):
         super().__init__()
-        self.proj = nn.Conv2d(3, dim, patch_size, stride=patch_size)
+        self.proj = nn.Conv2d(channels, dim, patch_size, stride=patch_size)
 
     def forward(self, x):
         return self.proj(x).flatten(2).transpose(1, 2)
@@ -123,7 +123,7 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Images (B, 3, H, W) -> features (B, dim).
+    """Images (B, channels, H, W) -> features (B, dim).
 
     image_size: pixels, or (height, width), for which the positions are made; other sizes interpolate them. positions:
     fixed sines and cosines in either order, or learned. pool: "cls" takes the class token after the final norm, "mean"
@@ -144,12 +144,13 @@ class ViT(nn.Module):
         mlp_ratio=4,
         layer_scale=0.0,
         freeze_patch_embed=False,
+        channels=3,
     ):
         super().__init__()
         self.dim, self.heads, self.patch_size, self.pool, self.checkpointing = dim, heads, patch_size, pool, False
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.grid = (height // patch_size, width // patch_size)
-        self.patch_embed = PatchEmbed(patch_size, dim)
+        self.patch_embed = PatchEmbed(patch_size, dim, channels)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         table = torch.zeros(1, 1 + self.grid[0] * self.grid[1], dim)
         if positions == "learned":
@@ -212,9 +213,13 @@ def initialise(module):
 
 
 def default_patch(arch, image_size):
-    """Patch size of an architecture at a size in pixels: its own, or an eighth of images that are too small for it."""
+    """Patch size of an architecture at a size in pixels: its own, or of images that are too small for it about an
+    eighth, so that they divide into patches."""
     size = min(image_size) if not isinstance(image_size, int) else image_size
-    return ARCHS[arch][3] if size > 128 else max(1, math.ceil(size / 8))
+    if size > 128:
+        return ARCHS[arch][3]
+    near = [patch for patch in range(max(1, size // 16), size // 4 + 1) if size % patch == 0]
+    return min(near, key=lambda patch: abs(patch - size / 8), default=max(1, math.ceil(size / 8)))
 
 
 def vit(
@@ -235,8 +240,9 @@ def vit(
     if dim < 4 or dim % heads or dim % 4:
         fail(f"--arch {arch} --width {width}: dimension {dim} must be a multiple of 4 and of {heads} heads")
     sizes = (image_size, image_size) if isinstance(image_size, int) else image_size
-    if any(size % patch_size or size < patch_size for size in sizes):
-        fail(f"--image-size {image_size} is not a multiple of the patch size {patch_size}: choose another --patch-size")
+    if size := next((size for size in sizes if size % patch_size or size < patch_size), None):
+        near = " or ".join(str(n * patch_size) for n in (size // patch_size, size // patch_size + 1) if n)
+        fail(f"--image-size {size} is not a multiple of the patch size {patch_size}: choose {near}, or --patch-size")
     model = ViT(dim, depth, heads, patch_size, image_size, positions, pool, **more)
     model.config = {"patch_size": patch_size, "depth": depth, "heads": heads, "positions": positions, "pool": pool}
     return model

@@ -274,6 +274,23 @@ def test_center_crop_equals_torchvision(view, shape):
     assert off.max() <= 1
 
 
+@pytest.mark.parametrize("size", [8, 15, 32, 75])
+def test_a_sample_is_the_same_in_any_batch(size):
+    """Bit for bit: two processes with half the batch each see what one process sees, and train to the same weights."""
+    view = View(size, jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray_p=0.3, blur_p=0.5, solarize_p=0.3, lighting=0.1)
+    images = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (48, 3, size, size), dtype=np.uint8))
+
+    def views(rows):
+        u = uniforms(0, 0, rows, 0, augment.DRAWS)
+        steps = [(name, torch.from_numpy(r), torch.from_numpy(a)) for name, r, a in augment.plan(view, u)]
+        return augment.augment(images[rows], steps, view.mean, view.std)
+
+    rows = np.arange(48)
+    whole = views(rows)
+    for parts in (np.split(rows, 2), np.split(rows, [1, 6, 29]), np.split(rows, 48)):
+        assert torch.equal(torch.cat([views(part) for part in parts]), whole)
+
+
 # -------------------------------------------------------------------------------------------------- crop boxes
 BOX_VIEWS = [View(224), View(96, crop=(0.05, 0.14)), View(224, crop=(0.2, 1.0), ratio=(0.5, 2.0))]
 

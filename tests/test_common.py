@@ -137,6 +137,7 @@ def test_extraction_leaves_the_backbone_as_it_was():
 def test_backbone_round_trip_and_torchvision_file(tmp_path):
     network = resnet("resnet18", 0.25, 32)
     meta = {"arch": "resnet18", "width": 0.25, "image_size": 32, "method": "x", "mean": [0.5] * 3, "std": [0.5] * 3}
+    meta["channels"] = 3
     checkpoint.save(tmp_path / "b.pt", {"backbone": network.state_dict(), "meta": meta})
     loaded, found = checkpoint.load_backbone(tmp_path / "b.pt")
     assert found == meta

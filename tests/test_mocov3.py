@@ -370,7 +370,7 @@ def test_weight_decay_and_groups_of_the_optimisers(tmp_path):
         (["--temperature", "0"], "--temperature must be greater than 0"),
         (["--batch-size", "4", "--accum", "4"], "needs 2 images or more"),
         ([*VIT, "--epochs", "20"], "--warmup-epochs 40 must be smaller than --epochs 20"),
-        (["--arch", "vit_tiny", "--image-size", "16", "--patch-size", "5"], "choose another --patch-size"),
+        (["--arch", "vit_tiny", "--image-size", "16", "--patch-size", "5"], "choose 15 or 20, or --patch-size"),
         (["--arch", "vit_giant"], "vit_huge"),
     ],
 )

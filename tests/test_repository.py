@@ -42,7 +42,7 @@ def test_siamese_methods_stay_close(a, b):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_script_is_one_readable_page(script):
     text = (ROOT / f"{script}.py").read_text()
-    assert len(text.splitlines()) <= 380
+    assert len(text.splitlines()) <= 390
     assert re.findall(r"^# -{40,} (\w+)$", text, re.M) == BANNERS
     imported = re.findall(r"^(?:from|import) (\w+)", text, re.M)
     assert not set(imported) & set(SCRIPTS), "scripts do not import each other"
@@ -96,3 +96,14 @@ def test_nothing_of_this_machine_is_tracked():
     for path in [*ROOT.glob("*.*"), *ROOT.glob("*/*.py"), *ROOT.glob("results/*/*")]:
         if path.suffix in {".py", ".md", ".toml", ".jsonl", ".json"}:
             assert not re.search(r"/(root|home|tmp)/[a-z]", path.read_text()), path
+
+
+@pytest.mark.parametrize("module", ["run", "cifar10"])
+def test_recipes_of_the_results_are_accepted(module):
+    """Flags that no script knows would show only after hours."""
+    recipes = importlib.import_module(f"results.{module}")
+    assert recipes.RECIPES.keys() == set(SCRIPTS)
+    for script, flags in recipes.RECIPES.items():
+        words = ["--data", "cifar10", *recipes.SHARED.split(), *flags.split()]
+        args = importlib.import_module(script).parse_args(words)
+        assert args.image_size == 32

@@ -367,7 +367,7 @@ def test_patches_of_small_images_are_an_eighth_of_them(size, patch):
         ({"width": 1, "heads": 5}, "5 heads"),
         ({"patch_size": 15}, "--patch-size"),
         ({"image_size": 20, "patch_size": 40}, "--patch-size"),
-        ({"image_size": 100}, "--image-size 100"),
+        ({"image_size": 101}, "--image-size 101"),
     ],
 )
 def test_settings_that_cannot_be(settings, expected, capsys):
