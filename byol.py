@@ -24,7 +24,8 @@ loss has a quarter of our gradient, so the learning rate is divided and the weig
 
 Deviations from the paper: the target starts as a copy of the online network, not from another seed; brightness jitter
 multiplies; weights start as in torchvision and torch, with the last scale of each residual block at 0; images of at
-most 64 pixels are not blurred and get a 3x3 stem. --init always starts the target as a copy of what was loaded.
+most 64 pixels are not blurred, are cropped to a fifth of their area at least (the paper has 0.08), and get a 3x3 stem.
+--init always starts the target as a copy of what was loaded.
 To hack: copy this file. What is BYOL: the sections augmentation, model and loss, and the lines marked in main.
 """
 
@@ -70,7 +71,7 @@ def parse_args(argv=None):
     group.add_argument("--train-list", help="list file of training images, 'relative/path[ label]' per line")
     group.add_argument("--val-list", help="list file of validation images")
     group.add_argument("--image-size", type=int, help="pixels of a view (default: 224, or what fits a small named set)")
-    group.add_argument("--crop-min", type=float, default=0.08, help="smallest share of the image area in a crop")
+    group.add_argument("--crop-min", type=float, help="smallest share of the area in a crop (unset: 0.08, small: 0.2)")
     group.add_argument("--flip", type=float, default=0.5, help="probability of a mirrored view")
     group.add_argument("--channels", type=int, default=3, help="of the images; all can be made 1 or 3")
     group.add_argument("--stats", choices=["imagenet", "auto"], help="normalisation (default: auto unless 3 channels)")
@@ -107,6 +108,7 @@ def parse_args(argv=None):
     group.add_argument("--knn-every", type=int, default=10, help="epochs between k-NN accuracies (0: never)")
     args = parser.parse_args(argv)
     args.image_size = args.image_size or default_size(args.data)
+    args.crop_min = (0.2 if args.image_size <= 64 else 0.08) if args.crop_min is None else args.crop_min
     if args.optimizer == "sgd" and (args.lr is None or args.weight_decay is None):
         parser.error("--optimizer sgd needs --lr and --weight-decay: those of the table are for lars")
     for name, value in SCHEDULES[published(args.epochs)].items():

@@ -24,7 +24,8 @@ Crop and flip, batch 256, learning rate 0.05 and 200 epochs are those of the off
 512 and rate 0.1 (the same per 256), and adds rotations by up to 2 degrees, not in this file, and --jitter.
 Deviations from the paper: a ResNet with one linear layer, clustered by its pooled features, as in MMSelfSup, instead of
 AlexNet or VGG-16 with two hidden layers and dropout; batch norm uses the statistics of the global batch; --reweight
-scales the loss by constants of the epoch, not of the batch; images of at most 64 pixels get a 3x3 stem.
+scales the loss by constants of the epoch, not of the batch; images of at most 64 pixels are cropped to a fifth of their
+area at least (not 0.08) and get a 3x3 stem.
 To hack: copy this file. What is DeepCluster: the sections augmentation, model and loss, and the lines marked in main.
 """
 
@@ -62,7 +63,7 @@ def parse_args(argv=None):
     group.add_argument("--train-list", help="list file of training images, 'relative/path[ label]' per line")
     group.add_argument("--val-list", help="list file of validation images")
     group.add_argument("--image-size", type=int, help="pixels of a view (default: 224, or what fits a small named set)")
-    group.add_argument("--crop-min", type=float, default=0.08, help="smallest share of the image area in a crop")
+    group.add_argument("--crop-min", type=float, help="smallest share of the area in a crop (unset: 0.08, small: 0.2)")
     group.add_argument("--flip", type=float, default=0.5, help="probability of a mirrored view")
     group.add_argument("--jitter", action="store_true", help="colour jitter and grey, as in MMSelfSup")
     group.add_argument("--channels", type=int, default=3, help="of the images; all can be made 1 or 3")
@@ -102,6 +103,7 @@ def parse_args(argv=None):
     group.add_argument("--knn-every", type=int, default=10, help="epochs between k-NN accuracies (0: never)")
     args = parser.parse_args(argv)
     args.image_size = args.image_size or default_size(args.data)
+    args.crop_min = (0.2 if args.image_size <= 64 else 0.08) if args.crop_min is None else args.crop_min
     for name, low in {"clusters": 2, "pca_dim": 1}.items():
         if getattr(args, name) is not None and getattr(args, name) < low:
             parser.error(f"--{name.replace('_', '-')} must be at least {low}, not {getattr(args, name)}")

@@ -306,7 +306,7 @@ def tile(dataset, i, view, side=112):
     except BadImage:
         return Image.new("RGB", (side, side), "#dddddd")
     image = center_crop(image if isinstance(image, torch.Tensor) else to_tensor(image), view)
-    image = rgb(image[None])[0].round().to(torch.uint8)
+    image = (255 * rgb(image[None] / 255, view.mean, view.std)[0]).round().to(torch.uint8)
     return Image.fromarray(image.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.BICUBIC)
 
 

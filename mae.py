@@ -241,7 +241,7 @@ def save_pictures(path, model, images, mean, std, mask_ratio, norm_pix, seed, am
         panels = reconstruct(model, x, noise, mask_ratio, norm_pix).transpose(0, 1).flatten(0, 1).float().cpu()
     panels = panels * torch.tensor(std).view(1, -1, 1, 1) + torch.tensor(mean).view(1, -1, 1, 1)
     zoom = -(-160 // size)  # small images are enlarged without smoothing; the headings need some room, too
-    panels = rgb(panels.clamp(0, 1)).repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    panels = rgb(panels, mean, std).repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
     grid = to_pil_image(make_grid(panels, nrow=4, padding=4, pad_value=1.0))
     caption = f"{int(count * (1 - mask_ratio))} of {count} patches visible; predictions in their place are untrained."
     if norm_pix:

@@ -23,7 +23,8 @@ Deviations, where the paper leaves it open from MMSelfSup 0.11: an epoch is a pe
 replacement; no rotations by up to 2 degrees; small clusters are handled when centroids are renewed, not in each step,
 and then all centroids are taken anew; clusters that 2-means cannot part are halved by position, not at random; loss
 weights have mean 1 over all images, not over the batch of a GPU; batch norm uses the statistics of the global batch;
-the learning rate falls after 10/11 of --epochs whatever their number; images of at most 64 pixels get a 3x3 stem.
+the learning rate falls after 10/11 of --epochs whatever their number; images of at most 64 pixels are cropped to a
+fifth of their area at least (not 0.08) and get a 3x3 stem.
 To hack: copy this file. What is ODC: the sections augmentation, model and loss, and the lines marked in main.
 """
 
@@ -60,7 +61,7 @@ def parse_args(argv=None):
     group.add_argument("--train-list", help="list file of training images, 'relative/path[ label]' per line")
     group.add_argument("--val-list", help="list file of validation images")
     group.add_argument("--image-size", type=int, help="pixels of a view (default: 224, or what fits a small named set)")
-    group.add_argument("--crop-min", type=float, default=0.08, help="smallest share of the image area in a crop")
+    group.add_argument("--crop-min", type=float, help="smallest share of the area in a crop (unset: 0.08, small: 0.2)")
     group.add_argument("--flip", type=float, default=0.5, help="probability of a mirrored view")
     group.add_argument("--channels", type=int, default=3, help="of the images; all can be made 1 or 3")
     group.add_argument("--stats", choices=["imagenet", "auto"], help="normalisation (default: auto unless 3 channels)")
@@ -101,6 +102,7 @@ def parse_args(argv=None):
     group.add_argument("--knn-every", type=int, default=10, help="epochs between k-NN accuracies (0: never)")
     args = parser.parse_args(argv)
     args.image_size = args.image_size or default_size(args.data)
+    args.crop_min = (0.2 if args.image_size <= 64 else 0.08) if args.crop_min is None else args.crop_min
     for name, low in {"clusters": 2, "min_cluster": 0, "centroid_every": 1}.items():
         if getattr(args, name) is not None and getattr(args, name) < low:
             parser.error(f"--{name.replace('_', '-')} must be at least {low}, not {getattr(args, name)}")

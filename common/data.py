@@ -708,6 +708,8 @@ def fit(views, dataset, stats=None, workers=4):
         changes = {"mean": mean, "std": std}
         shown = (" ".join(f"{x:.3f}" for x in values[:8]) + (" ..." if channels > 8 else "") for values in (mean, std))
         print0("statistics  mean {}, std {}".format(*shown))
+        if (white := max(m + 3 * s for m, s in zip(mean, std, strict=True))) < 0.25:
+            print0(f"note        images are dark: nearly all values are below {white:.0%} of the range; scale them up")
     return [dataclasses.replace(v, **changes) for v in views]
 
 

@@ -341,9 +341,12 @@ def _memory():
         return 0.0
 
 
-def rgb(x):
-    """Images (B, C, H, W) as a picture can show them, (B, 3, H, W): the first three channels, or the first in grey."""
-    return x[:, :3] if x.shape[1] >= 3 else x[:, :1].expand(-1, 3, -1, -1)
+def rgb(x, mean, std):
+    """Images (B, C, H, W) in [0, 1] as a picture can show them, (B, 3, H, W): the first three channels, or the first in
+    grey. Where the images use less than half of the range (12 bits stored in 16), mean + 3 std becomes white."""
+    white = max(m + 3 * s for m, s in zip(mean, std, strict=True))
+    x = x / white if white < 0.5 else x
+    return (x[:, :3] if x.shape[1] >= 3 else x[:, :1].expand(-1, 3, -1, -1)).clamp(0, 1)
 
 
 def save_views(path, batch, count=8):
@@ -355,7 +358,8 @@ def save_views(path, batch, count=8):
         x = x[:count].float().cpu()
         x = x * torch.tensor(view.std).view(1, -1, 1, 1) + torch.tensor(view.mean).view(1, -1, 1, 1)
         size = max(96, x.shape[-1])  # small images are enlarged without smoothing, so that their pixels can be seen
-        rows.append(torch.nn.functional.interpolate(rgb(x).clamp(0, 1), (size, size), mode="nearest"))
+        shown = rgb(x, view.mean, view.std)
+        rows.append(torch.nn.functional.interpolate(shown, (size, size), mode="nearest"))
     size = max(c.shape[-1] for c in rows)
     rows = [torch.nn.functional.pad(c, (0, size - c.shape[-1], 0, size - c.shape[-1]), value=1.0) for c in rows]
     grid = torchvision.utils.make_grid(torch.cat(rows), nrow=len(rows[0]), padding=4, pad_value=1.0)
@@ -379,5 +383,7 @@ def describe(args, data, loader, model, **lines):
     if usual and not usual / 4 <= args.batch_size <= usual * 4:
         print0(f"note        batch {args.batch_size} is far from the recipe's {usual}: --lr may need more than scaling")
     if args.image_size <= 64 and args.arch.startswith("resnet"):
-        print0("note        images of at most 64 px: 3x3 stem without pooling, no blur")
+        crops = getattr(args, "crop_min", None)
+        crops = f", crops of at least {crops:.0%} (--crop-min)" if isinstance(crops, float) else ""
+        print0(f"note        images of at most 64 px: 3x3 stem without pooling, no blur{crops}")
     print0(f"output      {args.out}")

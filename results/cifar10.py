@@ -25,8 +25,8 @@ RECIPES = {
     # Chen et al. 2020, appendix B.9
     "simclr": "--lr 1 --temperature 0.5 --color-strength 0.5",
     # solo-learn's scripts for CIFAR-10
-    "byol": "--lr 1 --weight-decay 1e-5 --tau 0.99",
-    "barlowtwins": "--lr 0.3 --weight-decay 1e-4 --dim 2048 --lambd 0.005 --scale-loss 0.1",
+    "byol": "--lr 1 --weight-decay 1e-5 --tau 0.99 --crop-min 0.08",
+    "barlowtwins": "--lr 0.3 --weight-decay 1e-4 --dim 2048 --lambd 0.005 --scale-loss 0.1 --crop-min 0.08",
     "mocov3": "--lr 0.3 --weight-decay 1e-6 --temperature 0.2 --key-momentum 0.99",
     "swav": "--lr 0.6 --prototypes 3000 --queue 3840 --queue-epoch 10 --batch-size 256",
     # the notebook in MoCo's repository, with the head of v2
@@ -86,8 +86,8 @@ def table():
     print("| method | ours: k-NN | ours: linear | seconds per epoch | commit | lightly: k-NN | solo-learn: linear |")
     print("|---|---|---|---|---|---|---|")
     for method in RECIPES:
-        lightly = " / ".join(map(str, LIGHTLY.get(method, ["none"])))
-        print(f"| {method} | {' | '.join(row(method))} | {lightly} | {SOLO.get(method, 'none')} |")
+        lightly = " / ".join(map(str, LIGHTLY.get(method, ["none known"])))
+        print(f"| {method} | {' | '.join(row(method))} | {lightly} | {SOLO.get(method, 'none known')} |")
 
 
 if __name__ == "__main__":

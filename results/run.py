@@ -25,13 +25,14 @@ SHARED = "--arch resnet18 --width 0.25 --image-size 32 --batch-size 64 --epochs 
 SHARED += " --precision bf16 --workers 2 --log-every 39 --seed 0 --no-resume"
 RECIPES = {
     "simsiam": "--lr 0.24 --weight-decay 5e-4 --dim 512 --pred-dim 128",
-    "simclr": "--lr 1 --lr-rule sqrt --warmup-epochs 1 --temperature 0.2 --color-strength 0.5",
-    "byol": "--optimizer sgd --lr 0.4 --weight-decay 5e-4 --tau 0.99 --hidden-dim 512 --warmup-epochs 1",
+    "simclr": "--lr 1 --lr-rule sqrt --warmup-epochs 1 --temperature 0.2 --color-strength 0.5 --crop-min 0.08",
+    "byol": "--optimizer sgd --lr 0.4 --weight-decay 5e-4 --tau 0.99 --hidden-dim 512 --warmup-epochs 1"
+    " --crop-min 0.08",
     "moco": "--lr 0.12 --weight-decay 5e-4 --crop-min 0.2 --temperature 0.1 --queue 4096 --key-momentum 0.99",
-    "barlowtwins": "--dim 512 --lambd 0.005 --warmup-epochs 1 --lr 1 --lr-biases 0.024",
+    "barlowtwins": "--dim 512 --lambd 0.005 --warmup-epochs 1 --lr 1 --lr-biases 0.024 --crop-min 0.08",
     "swav": "--prototypes 256 --epsilon 0.03 --color-strength 0.5 --crop-min 0.2 --lr 3 --warmup-epochs 1",
-    "deepcluster": "--lr 0.4",
-    "odc": "--clusters 50 --min-cluster 20 --centroid-every 10 --lr 0.1 --memory-momentum 0.9",
+    "deepcluster": "--lr 0.4 --crop-min 0.08",
+    "odc": "--clusters 50 --min-cluster 20 --centroid-every 10 --lr 0.1 --memory-momentum 0.9 --crop-min 0.08",
     "npid": "--full-softmax --temperature 0.1 --lr 0.06 --weight-decay 5e-4 --bank-momentum 0.9 --crop-min 0.3",
     "mocov3": "--lr 16 --warmup-epochs 1 --temperature 0.2 --hidden-dim 512",
     "mae": "--arch vit_tiny --width 0.5 --depth 6 --patch-size 4 --decoder-dim 64 --decoder-depth 2 --decoder-heads 4"

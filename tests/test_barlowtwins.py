@@ -149,7 +149,7 @@ def test_views_are_those_of_byol():
 
 
 def test_defaults_are_the_papers():
-    args = barlowtwins.parse_args(["--data", "fake"])
+    args = barlowtwins.parse_args(["--data", "/imagenet"])
     expected = {"arch": "resnet50", "hidden_dim": 8192, "dim": 8192, "lambd": 0.0051, "epochs": 1000}
     expected |= {"warmup_epochs": 10, "batch_size": 2048, "lr": 0.2, "lr_biases": 0.0048, "weight_decay": 1e-6}
     expected |= {"momentum": 0.9, "optimizer": "lars", "crop_min": 0.08, "scale_loss": 1 / 16}

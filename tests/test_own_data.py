@@ -1,8 +1,10 @@
 """Images that are not 8-bit RGB files: other channels, 16 bits, NumPy arrays, odd sizes; and where pixels are made."""
 
 import dataclasses
+import importlib
 import struct
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ import features
 from common import augment, data
 from common.augment import EvalView, View, center_crop_batch, crop_resize, crop_resize_batch
 from common.data import BadImage, Loader, build, fit, statistics
+from common.log import describe
 from tests.helpers import SCRIPTS, command, flags, records, state, tensors, train
 
 KNN = "--batch-size 16 --k 3 --workers 0 --device cpu".split()
@@ -381,3 +384,27 @@ def test_every_script_takes_other_channels(tmp_path, script):
 def test_the_state_says_where_pixels_came_from(tmp_path):
     train("simsiam", tmp_path, "--max-steps", 1)
     assert state(tmp_path)["args"]["decode"] == "cpu"
+
+
+def test_dark_images_are_shown_bright(tmp_path, capsys):
+    """12 bits in files of 16: views.png is not black, and a line says so."""
+
+    def write(file, number):
+        np.save(file, np.random.default_rng(number).integers(0, 4096, (20, 20, 2)).astype(np.uint16))
+
+    images = folder(tmp_path / "set", write, ".npy")
+    train("simsiam", tmp_path / "run", "--data", images, "--channels", 2, "--max-steps", 1)
+    assert "images are dark: nearly all values are below" in capsys.readouterr().out
+    picture = np.asarray(Image.open(tmp_path / "run" / "views.png").convert("L")).astype(float)
+    shown = picture[picture < 250]  # without the white between the views
+    assert 50 < shown.mean() < 200 and shown.std() > 20
+
+
+@pytest.mark.parametrize("script", ["simclr", "byol", "barlowtwins", "deepcluster", "odc"])
+def test_small_images_are_cropped_less(script, capsys):
+    parse = importlib.import_module(script).parse_args
+    for words, share in (("/x", 0.08), ("cifar10", 0.2), ("/x --image-size 64", 0.2), ("digits --crop-min 0.5", 0.5)):
+        args = parse(["--data", *words.split()])
+        assert args.crop_min == share
+    describe(args, range(9), SimpleNamespace(steps=1, local=1), torch.nn.Linear(1, 1))
+    assert "3x3 stem without pooling, no blur, crops of at least 50% (--crop-min)" in capsys.readouterr().out
