@@ -343,10 +343,11 @@ def _memory():
 
 def rgb(x, mean, std):
     """Images (B, C, H, W) in [0, 1] as a picture can show them, (B, 3, H, W): the first three channels, or the first in
-    grey. Where the images use less than half of the range (12 bits stored in 16), mean + 3 std becomes white."""
-    white = max(m + 3 * s for m, s in zip(mean, std, strict=True))
-    x = x / white if white < 0.5 else x
-    return (x[:, :3] if x.shape[1] >= 3 else x[:, :1].expand(-1, 3, -1, -1)).clamp(0, 1)
+    grey. Where these use less than half of the range (12 bits stored in 16), the largest mean + 3 std becomes white."""
+    count = 3 if x.shape[1] >= 3 else 1
+    white = max(m + 3 * s for m, s in zip(mean[:count], std[:count], strict=True))
+    x = x[:, :count] / (white if white < 0.5 else 1)
+    return x.expand(-1, 3, -1, -1).clamp(0, 1)
 
 
 def save_views(path, batch, count=8):
