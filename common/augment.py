@@ -7,6 +7,7 @@ numbers into a box and a list of operations. Nothing depends on the process, the
 `augment` equals torchvision's float operators for equal parameters (tests/test_augment.py).
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import math
@@ -371,20 +372,33 @@ def augment(images, steps, mean, std, dtype=torch.float32):
     """
     result = torch.empty(images.shape, dtype=dtype, device=images.device, memory_format=torch.channels_last)
     mean, std = _channel_vectors(mean, std, images.device)
-    first = 0
-    for part, own in _portions(images, steps):
-        x = torch.empty(part.shape, device=part.device).copy_(part).div_(255)
-        with torch.autocast(x.device.type, enabled=False):
-            for name, rows, amounts in own:
-                if name in CHANNELS:
-                    x[rows, CHANNELS[name]] += amounts.view(-1, 1, 1)
-                elif len(rows) == len(x):
-                    x = OPERATORS[name](x, amounts.view(-1, 1, 1, 1))
-                else:
-                    x[rows] = OPERATORS[name](x[rows], amounts.view(-1, 1, 1, 1))
-        result[first : first + len(x)] = x.sub_(mean).div_(std)
-        first += len(x)
+    portions = _portions(images, steps)
+    targets = result.split(len(portions[0][0]))
+    threads = torch.get_num_threads() if len(portions) > 1 else 1
+    # one image per thread: no thread waits for others within an operator, and sums do not depend on their number
+    run = map if threads == 1 else _threads(threads).map
+    for _ in run(lambda target, portion: _augment(target, *portion, mean, std), targets, portions):
+        pass
     return result
+
+
+@torch.no_grad()
+def _augment(target, images, steps, mean, std):
+    x = torch.empty(images.shape, device=images.device).copy_(images).div_(255)
+    with torch.autocast(x.device.type, enabled=False):
+        for name, rows, amounts in steps:
+            if name in CHANNELS:
+                x[rows, CHANNELS[name]] += amounts.view(-1, 1, 1)
+            elif len(rows) == len(x):
+                x = OPERATORS[name](x, amounts.view(-1, 1, 1, 1))
+            else:
+                x[rows] = OPERATORS[name](x[rows], amounts.view(-1, 1, 1, 1))
+    target.copy_(x.sub_(mean).div_(std))
+
+
+@functools.lru_cache(maxsize=1)
+def _threads(count):
+    return concurrent.futures.ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,))
 
 
 @functools.lru_cache(maxsize=16)

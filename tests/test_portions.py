@@ -50,6 +50,19 @@ def test_a_sample_is_augmented_alike_in_any_batch(size, n):
     assert whole.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_threads_change_no_bit():
+    """Portions are shared out to threads that work alone, so a sum over an image is taken in one order."""
+    view, images, u = View(160, **RECIPE), many(160, 7), augment.uniforms(2, 0, range(7), 0, augment.DRAWS)
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        try:
+            found.append(augment.augment(images, planned(view, u), view.mean, view.std))
+        finally:
+            torch.set_num_threads(1)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
 @pytest.mark.parametrize("shape", [(224, 224), (64, 96), (96, 50)])
 def test_blur_in_blocks_of_pixels_equals_torchvision(shape):
     x = torch.rand(3, 3, *shape, generator=torch.Generator().manual_seed(0))
