@@ -19,7 +19,8 @@ from common.log import fail, plain
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
-# Flags that may change between a run and its continuation: none of them alters what is learned.
+# Flags that may change between a run and its continuation: none of them alters what is learned, but accum, by the
+# size of the batches that batch norm sees, which is said.
 RUN_FLAGS = {"data", "train_list", "val_list", "out", "workers", "device", "precision", "compile", "accum", "max_steps"}
 RUN_FLAGS |= {"log_every", "save_every", "knn_every", "max_bad", "resume", "init", "dump_clusters"}
 RUN_FLAGS |= {"grad_checkpointing", "pictures_every", "trust_pickle"}
@@ -150,6 +151,8 @@ def resume(args, images, model, optimizer, scaler, name="last.pt"):
         differences.append(f"the data set had {state['images']} images, has {images}")
     if differences:
         fail(f"{path} is another recipe ({'; '.join(differences)}): {remedy}")
+    if (was := state["args"].get("accum")) != now.get("accum"):
+        print0(f"note        --accum was {was}, is {now.get('accum')}: batch norm now sees batches of another size")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])

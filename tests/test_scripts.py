@@ -87,6 +87,14 @@ def test_accumulation_keeps_steps_and_learning_rate(script, tmp_path):
     assert a.keys() == b.keys()
 
 
+def test_other_micro_batches_on_resume_are_said(tmp_path, capsys):
+    train("simsiam", tmp_path, "--max-steps", 1)
+    train("simsiam", tmp_path, "--max-steps", 2)
+    assert "--accum" not in capsys.readouterr().out
+    train("simsiam", tmp_path, "--max-steps", 3, "--accum", 2)
+    assert "note        --accum was 1, is 2: batch norm now sees batches of another size" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_command_line_writes_the_promised_files(script, tmp_path):
     """As a user runs it, in a fresh process, in every precision that the CPU has."""
