@@ -107,3 +107,10 @@ def test_recipes_of_the_results_are_accepted(module):
         words = ["--data", "cifar10", *recipes.SHARED.split(), *flags.split()]
         args = importlib.import_module(script).parse_args(words)
         assert args.image_size == 32
+
+
+def test_readme_counts_the_lines():
+    rows = re.findall(r"^\| \[(\w+)\.py\]\(\w+\.py\) \| (\d+) \|", (ROOT / "README.md").read_text(), re.M)
+    assert {script: int(lines) for script, lines in rows} == {
+        script: len((ROOT / f"{script}.py").read_text().splitlines()) for script in SCRIPTS
+    }
