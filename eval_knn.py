@@ -82,6 +82,9 @@ def main(args):
         f"data        {args.data}: {len(train):,} training, {len(test):,} test images, {size} px, T {args.temperature}"
     )
 
+    if max(args.k) > len(train):
+        print0(f"note        --k {max(args.k)}: there are {len(train)} training images, all of which vote")
+
     def evaluate(model, names, dims):
         bank, labels = extract(model, train, view, device, args.workers, args.batch_size, amp)
         queries, targets = extract(model, test, view, device, args.workers, args.batch_size, amp)

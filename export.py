@@ -97,6 +97,8 @@ def convert(backbone, meta, target):
 
 def remarks(backbone, meta):
     """What the receiving network has to be told, because names and shapes do not say it."""
+    mean, std = (" ".join(f"{x:.4g}" for x in meta[k]) for k in ("mean", "std"))
+    yield f"images in [0, 1] of {meta['channels']} channels, normalised with mean {mean} and standard deviation {std}"
     if hasattr(backbone, "tokens"):
         yield f"{meta['heads']} attention heads, patches of {meta['patch_size']}, images of {meta['image_size']} pixels"
         return

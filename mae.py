@@ -80,7 +80,7 @@ def parse_args(argv=None):
     group.add_argument("--weight-decay", type=float, default=0.05, help="not of biases and norms")
     group.add_argument("--momentum", type=float, default=0.9)
     group = parser.add_argument_group("run")
-    group.add_argument("--out", default="runs/mae", help="run folder")
+    group.add_argument("--out", default=f"runs/{Path(__file__).stem}", help="run folder")
     group.add_argument("--resume", action="store_true", default=True, help="continue from last.pt in --out")
     group.add_argument("--no-resume", dest="resume", action="store_false", help="start again, overwriting --out")
     group.add_argument("--init", help="weights to start from, with a fresh schedule")
@@ -260,6 +260,8 @@ def save_pictures(path, model, images, mean, std, mask_ratio, norm_pix, seed, am
 
 def visualize(args, device):
     """Instead of training: the picture for any image files, from a file that holds encoder and decoder."""
+    if missing := [name for name in args.visualize if not Path(name).is_file()]:
+        fail(f"--visualize {missing[0]}: no such file")
     amp, _, dtype = precision(args.precision, device)
     state = load(args.pretrained, "--pretrained", args.trust_pickle)
     weights = {k: v for k, v in state.get("model", state).items() if k.startswith(("decoder_", "mask_token"))}

@@ -33,6 +33,7 @@ To hack: copy this file. What is NPID: the sections augmentation, model and loss
 import math
 import sys
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +82,7 @@ def parse_args(argv=None):
     group.add_argument("--weight-decay", type=float, default=1e-4)
     group.add_argument("--momentum", type=float, default=0.9)
     group = parser.add_argument_group("run")
-    group.add_argument("--out", default="runs/npid", help="run folder")
+    group.add_argument("--out", default=f"runs/{Path(__file__).stem}", help="run folder")
     group.add_argument("--resume", action="store_true", default=True, help="continue from last.pt in --out")
     group.add_argument("--no-resume", dest="resume", action="store_false", help="start again, overwriting --out")
     group.add_argument("--init", help="weights to start from, with a fresh schedule")

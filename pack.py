@@ -18,7 +18,7 @@ import sys
 import tarfile
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from common.archive import archive_index
@@ -84,7 +84,8 @@ def pack(folder, target, args):
                 data, suffix = job.result()
             except Exception as error:  # decoders raise a dozen kinds
                 bad += 1
-                tqdm.write(f"left out: {Path(folder, name)}: {str(error).partition(chr(10))[0]}", file=sys.stderr)
+                reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error).partition("\n")[0]
+                tqdm.write(f"left out: {Path(folder, name)}: {reason}", file=sys.stderr)
                 continue
             packed = name if suffix is None else str(Path(name).with_suffix(suffix))
             packed = packed if packed not in seen else f"{name}{suffix or ''}"  # a.png and a.bmp would both be a.jpg
@@ -113,8 +114,8 @@ def main(args):
     for split, folder in (parts or {"train": root}).items():
         target = out / f"{split}.tar"
         images, bad = pack(folder, target, args)
-        size = target.stat().st_size / 2**30
-        print(f"{target}: {images:,} images, {size:.2f} GB{f', {bad} left out' if bad else ''}", flush=True)
+        size = target.stat().st_size / 2**20
+        print(f"{target}: {images:,} images, {size:,.1f} MB{f', {bad} left out' if bad else ''}", flush=True)
 
 
 if __name__ == "__main__":

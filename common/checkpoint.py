@@ -58,6 +58,8 @@ def load(path, flag, trust_pickle=False):
     A pickle can run any program. None is run here: only tensors, plain values and harmless types are restored, unless
     trust_pickle says that the file's origin is trusted.
     """
+    if Path(path).is_dir():
+        fail(f"{flag} {path} is a folder: name the file in it, backbone.pt or last.pt")
     if not Path(path).is_file():
         fail(f"{flag} {path}: no such file")
     state, problem = _read(path, flag, trust_pickle)
@@ -285,6 +287,8 @@ def load_backbone(path, arch=None, width=None, image_size=None, seed=0, trust_pi
     make = vit.vit if meta["arch"].startswith("vit") else resnet.resnet
     shape = {k: meta[k] for k in ("width", "image_size", "channels")}
     backbone = make(meta["arch"], **shape)
+    same = f"{meta['arch']}, width {meta['width']:g}, {meta['image_size']} px, {meta['channels']} channels"
+    print0(f"pretrained  random: {same}; compare with networks of the same --arch, --width and --image-size")
     return backbone, meta | getattr(backbone, "config", {})
 
 

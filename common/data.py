@@ -37,6 +37,7 @@ DEEP = (".npy", ".png", ".tif", ".tiff", ".pgm")  # may hold more than 8 bits
 NAMES = {"digits": 16, "cifar10": 32, "cifar100": 32, "stl10": 96, "fake": 64}  # and the size they are used at
 SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "test")}  # names of their folders
 ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}  # beside train.tar and val.tar
+TOLD = set()  # files whose names have been reported, by whichever loader
 AHEAD = 2  # batches prepared in advance; with the one in use, three exist at a time
 
 
@@ -65,7 +66,7 @@ def to_tensor(image, channels=3, dtype=torch.uint8):
     elif channels in (1, 3):
         array = np.array(image.convert(MODES[channels]))
     else:
-        raise ValueError(f"has {len(image.getbands())} channels, --channels says {channels}")
+        raise ValueError(f"has {len(image.getbands())} channels, expected {channels} (--channels)")
     array = array[:, :, None] if array.ndim == 2 else array
     return torch.from_numpy(array).permute(2, 0, 1)
 
@@ -75,7 +76,7 @@ def _typed(image, channels, dtype):
     if image.shape[0] == 1 and channels == 3:
         image = image.expand(3, -1, -1)
     if image.shape[0] != channels:
-        raise ValueError(f"has {image.shape[0]} channels, --channels says {channels}")
+        raise ValueError(f"has {image.shape[0]} channels, expected {channels} (--channels)")
     if image.is_floating_point() and dtype == torch.uint8:
         image = image.round().clamp(0, 255)
     return image.to(dtype) if image.is_floating_point() else image
@@ -90,7 +91,7 @@ def _array(data, channels, dtype):
     elif array.ndim == 3 and shape[2] not in fit and shape[0] in fit:
         array = array.transpose(1, 2, 0)
     if array.ndim != 3 or array.shape[2] not in fit:
-        raise ValueError(f"has the shape {shape}: expected (H, W, C) or (C, H, W), --channels says C = {channels}")
+        raise ValueError(f"has the shape {shape}: expected (H, W, C) or (C, H, W) with C = {channels} (--channels)")
     array = np.ascontiguousarray(array).transpose(2, 0, 1)  # a pixel's values lie side by side, as in decoded images
     if array.dtype == np.uint8:
         return _typed(torch.from_numpy(array), channels, dtype)
@@ -314,7 +315,7 @@ def _files(data, split, image_list, required):
     found = next((root / f for f in folders if (root / f).is_dir()), None)
     if found is None and (split == "val" or (root / "val").is_dir()):
         if required:
-            fail(f"--data {data} has no {folders[0]}/ folder")
+            fail(f"--data {data} has no {folders[0]}/ folder: put images for it there, or give --{split}-list")
         return None
     return _from_folder(found or root, labelled=found is not None)
 
@@ -582,7 +583,8 @@ class Loader:
         decode="cpu",
     ):
         if batch_size > len(dataset):
-            fail(f"--batch-size {batch_size} is larger than the data set ({len(dataset)} images)")
+            smaller = 2 ** max(0, (len(dataset) // 8).bit_length() - 1)
+            fail(f"--batch-size {batch_size} is larger than the data set ({len(dataset)} images): try {smaller}")
         self.dataset, self.recipes, self.seed, self.accum = dataset, tuple(views), seed, accum
         self.batch_size, self.local = batch_size, batch_size // (world_size() * accum)
         self.steps, self.streams = len(dataset) // batch_size, range(len(self.recipes))
@@ -708,8 +710,13 @@ def fit(views, dataset, stats=None, workers=4):
         changes = {"mean": mean, "std": std}
         shown = (" ".join(f"{x:.3f}" for x in values[:8]) + (" ..." if channels > 8 else "") for values in (mean, std))
         print0("statistics  mean {}, std {}".format(*shown))
-        if (white := max(m + 3 * s for m, s in zip(mean, std, strict=True))) < 0.25:
-            print0(f"note        images are dark: nearly all values are below {white:.0%} of the range; scale them up")
+    elif getattr(dataset, "dtype", torch.uint8) != torch.uint8:
+        mean, std = statistics(dataset, views[0].size, workers, most=64)
+    else:
+        return list(views)
+    if (white := max(m + 3 * s for m, s in zip(mean, std, strict=True))) < 0.25:
+        remedy = "scale them up" if changes else "scale them up, or try --stats auto"
+        print0(f"note        images are dark: nearly all values are below {white:.0%} of the range; {remedy}")
     return [dataclasses.replace(v, **changes) for v in views]
 
 
@@ -878,7 +885,9 @@ class Pool:
             self.bad.add(index)
             if len(self.bad) > self.max_bad:
                 raise TooManyBad(f"more than --max-bad {self.max_bad} images cannot be decoded, the last: {error}")
-            sys.stderr.write(f"warning: cannot decode {error}; its neighbour is used instead\n")
+            if str(error) not in TOLD:
+                TOLD.add(str(error))
+                sys.stderr.write(f"warning: cannot decode {error}; its neighbour is used instead\n")
 
 
 class TooManyBad(Exception):

@@ -9,6 +9,7 @@ processes, the result is exactly the gradient of the mean loss over the global b
 
 import inspect
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -22,9 +23,15 @@ def init(device="auto"):
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    device = torch.device(device)
+    name, device = device, f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
+    try:
+        device = torch.device(device)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # whatever the reason, one line
+        if int(os.environ.get("RANK", 0)) == 0:
+            reason = str(error).strip().splitlines()[0]
+            print(f"error: --device {name} cannot be used here: {reason}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():

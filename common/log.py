@@ -1,6 +1,7 @@
 """What a run tells: one line for every mistake, one line per log step, log.jsonl, pictures, and a clean stop."""
 
 import argparse
+import contextlib
 import errno
 import fcntl
 import json
@@ -57,6 +58,8 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):
         Parser.recipe = {action.dest: action.default for action in self._actions}
+        for action in self._actions:  # a default is shown only where there is a text
+            action.help = action.help or action.dest.replace("_", " ")
         return super().parse_args(args, namespace)
 
     def error(self, message):
@@ -64,7 +67,9 @@ class Parser(argparse.ArgumentParser):
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
+    def _get_help_string(self, action):
+        told = "default:" in action.help or "unset:" in action.help or action.nargs == 0
+        return action.help if told or action.default in (None, "") else super()._get_help_string(action)
 
 
 def check_args(args):
@@ -102,7 +107,8 @@ def check_args(args):
     if getattr(args, "momentum", 0) >= 1:
         fail(f"--momentum must be below 1, not {args.momentum}")
     if getattr(args, "warmup_epochs", 0) and args.warmup_epochs >= args.epochs:
-        fail(f"--warmup-epochs {args.warmup_epochs} must be smaller than --epochs {args.epochs}")
+        remedy = f"try --warmup-epochs {args.epochs // 10}"
+        fail(f"--warmup-epochs {args.warmup_epochs} must be smaller than --epochs {args.epochs}: {remedy}")
     parts = world_size() * getattr(args, "accum", 1)
     if hasattr(args, "accum") and args.batch_size % parts:
         fail(
@@ -188,12 +194,10 @@ class Logger:
             resumed_at=start,
         )
         if start >= self.last:
-            print(
-                f"complete    all {self.last} steps are done: evaluate {args.out}/backbone.pt, or choose another --out"
-            )
-        self.bar = tqdm(
-            total=self.last, initial=start, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty()
-        )
+            print(f"complete    all {self.last} steps were done before; another run needs another --out")
+        layout = "{percentage:3.0f}%|{bar:8}| {n_fmt}/{total_fmt} {remaining} left{postfix}"
+        hidden = not sys.stderr.isatty()
+        self.bar = tqdm(total=self.last, initial=start, dynamic_ncols=True, bar_format=layout, disable=hidden)
 
     def _lock(self, path):
         """The file that says that a run is writing here; free again when the run ends, however it does."""
@@ -226,6 +230,8 @@ class Logger:
 
     def due(self, step):
         """Is there something to log (and so, anything to read from the device) after this step?"""
+        if self.bar is not None:
+            self.bar.update(step - self.bar.n)
         if self.stop.flag and world_size() == 1:
             return True
         return step % self.args.log_every == 0 or step == self.last or step % self.loader.steps == 0
@@ -252,16 +258,15 @@ class Logger:
         if not is_main():
             return
         self._write(**record)
-        shown = {"loss": f"{loss:.4f}", "lr": f"{lr:.4g}", **{k: f"{v:.3f}" for k, v in monitors.items()}}
-        if self.chance:
-            shown["of chance"] = f"{loss / self.chance:.0%}"
-        shown |= {"img/s": f"{speed:.0f}", "data wait": f"{wait:.0%}", "mem": f"{record['memory_gb']:.1f}G"}
+        shown = {"loss": f"{loss:.4f}"} | ({"of chance": f"{loss / self.chance:.0%}"} if self.chance else {})
+        shown |= {"img/s": f"{speed:.0f}", **{k: f"{v:.3f}" for k, v in monitors.items()}, "lr": f"{lr:.4g}"}
+        shown |= {"data wait": f"{wait:.0%}", "mem": f"{record['memory_gb']:.1f}G"}
         text = "  ".join(f"{k} {v}" for k, v in shown.items())
-        if self.bar.disable:
-            print(f"epoch {epoch:.2f}  step {step}/{self.last}  {text}", flush=True)
-        else:
-            self.bar.set_postfix_str(text, refresh=False)
-            self.bar.update(step - self.bar.n)
+        if not self.bar.disable:
+            self.bar.set_postfix_str(text)
+        if self.bar.disable or step % self.loader.steps == 0:  # a bar leaves one line per epoch
+            tqdm.write(f"epoch {epoch:.2f}  step {step}/{self.last}  {text}", file=sys.stdout)
+            sys.stdout.flush()
         if monitors.get("std", 1) < 0.1:
             self.warn(
                 "collapse",
@@ -308,6 +313,8 @@ class Logger:
         if self.bar is not None:
             self.bar.close()
             self.lock.close()
+            if self.step >= self.total and self.path.stem == "log":
+                print(f"complete    {self.args.out}/backbone.pt is what eval_*.py, features.py and export.py take")
 
 
 def report(args, name, result):
@@ -373,11 +380,16 @@ def describe(args, data, loader, model, **lines):
     """The block printed before the first step: what will happen, in numbers."""
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     steps = loader.steps * args.epochs
-    print0(
-        f"data        {args.data}: {len(data):,} images, {loader.steps} steps x {args.epochs} epochs = {steps:,} steps"
-    )
+    classes, labels = getattr(data, "classes", None), getattr(data, "labels", None)
+    kind = f"in {len(classes)} classes" if classes else "with labels" if labels is not None else "without labels"
+    images = f"{len(data):,} images {kind}"
+    print0(f"data        {args.data}: {images}, {loader.steps} steps x {args.epochs} epochs = {steps:,} steps")
     print0(f"batch       {args.batch_size} = {world_size()} processes x {args.accum} micro-batches x {loader.local}")
-    print0(f"model       {args.arch}, width {args.width}, {args.image_size} px, {parameters:.2f} M trained parameters")
+    device, kind = next(model.parameters()).device, args.precision
+    if kind == "auto":
+        kind = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    size = f"width {args.width:g}, {args.image_size} px, {parameters:.2f} M trained parameters"
+    print0(f"model       {args.arch}, {size}, {kind} on {device.type}")
     for name, text in lines.items():
         print0(f"{name:<11} {text}")
     usual = (Parser.recipe or {}).get("batch_size")
@@ -387,4 +399,10 @@ def describe(args, data, loader, model, **lines):
         crops = getattr(args, "crop_min", None)
         crops = f", crops of at least {crops:.0%} (--crop-min)" if isinstance(crops, float) else ""
         print0(f"note        images of at most 64 px: 3x3 stem without pooling, no blur{crops}")
+    with contextlib.suppress(Exception):  # an image that cannot be decoded is told later
+        height, width = data[0][0].shape[1:]
+        if 2 * max(height, width) <= args.image_size:
+            less = (args.image_size / max(height, width)) ** 2
+            remedy = f"--image-size {max(height, width)} loses nothing and computes {less:.0f} times less"
+            print0(f"note        the first image has {height} x {width} pixels: {remedy}")
     print0(f"output      {args.out}")

@@ -57,7 +57,8 @@ PROTOCOL = "swav lr 0.3"  # 100 epochs
 
 def call(*words):
     print(" ".join(words), flush=True)
-    subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
+    if code := subprocess.run([sys.executable, *words], cwd=ROOT, check=False).returncode:
+        sys.exit(code)  # the script has said why
 
 
 def run(method, data, more):

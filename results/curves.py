@@ -1,5 +1,6 @@
 """Draws loss and k-NN accuracy of every run in results/cifar10_subset: python results/curves.py (needs matplotlib)."""
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ LOGS = Path(__file__).resolve().parent / "cifar10_subset"
 
 
 def main():
+    argparse.ArgumentParser(description=__doc__).parse_args()
     paths = sorted(LOGS.glob("*.jsonl"))
     columns = 4
     rows = -(-len(paths) // columns)

@@ -19,7 +19,7 @@ from common import augment, data
 from common.augment import EvalView, View, center_crop_batch, crop_resize, crop_resize_batch
 from common.data import BadImage, Loader, build, fit, statistics
 from common.log import describe
-from tests.helpers import SCRIPTS, command, flags, records, state, tensors, train
+from tests.helpers import ROOT, SCRIPTS, command, flags, records, state, tensors, train
 
 KNN = "--batch-size 16 --k 3 --workers 0 --device cpu".split()
 
@@ -120,7 +120,7 @@ def test_one_channel_of_colour_files_is_their_luma(tmp_path):
     [
         (
             np.zeros((6, 8, 2), np.uint8),
-            "the shape (6, 8, 2): expected (H, W, C) or (C, H, W), --channels says C = 3",
+            "the shape (6, 8, 2): expected (H, W, C) or (C, H, W) with C = 3 (--channels)",
         ),
         (np.zeros(5, np.uint8), "the shape (5,)"),
         (np.zeros((6, 8), np.int32), "holds int32: expected uint8, uint16, or floats in [0, 1]"),
@@ -138,7 +138,7 @@ def test_arrays_that_mean_nothing_are_named(tmp_path, array, said):
 
 def test_pictures_with_other_channels_are_named(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
-    with pytest.raises(BadImage, match=r"a\.png.*has 3 channels, --channels says 5"):
+    with pytest.raises(BadImage, match=r"a\.png.*has 3 channels, expected 5"):
         build(tmp_path, "train", channels=5)[0]
 
 
@@ -362,7 +362,7 @@ def test_batches_decoded_on_the_device_are_those_of_the_threads(tmp_path, monkey
         found = epoch(workers=workers, decode="gpu")
         for a, b in zip(expected, found, strict=True):
             assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
-    assert capfd.readouterr().err.count("08.jpg") == 3  # once by each loader
+    assert capfd.readouterr().err.count("08.jpg") == 1
 
 
 def test_gpu_decoding_gives_up_as_the_threads_do(tmp_path, monkeypatch, capsys):
@@ -395,6 +395,10 @@ def test_dark_images_are_shown_bright(tmp_path, capsys):
     images = folder(tmp_path / "set", write, ".npy")
     train("simsiam", tmp_path / "run", "--data", images, "--channels", 2, "--max-steps", 1)
     assert "images are dark: nearly all values are below" in capsys.readouterr().out
+    for path in (tmp_path / "set").rglob("*.npy"):  # without measured statistics, too
+        np.save(path, np.load(path)[..., :1].repeat(3, 2))
+    (view,) = fit([View(16)], build(tmp_path / "set", "train"))
+    assert view == View(16) and "scale them up, or try --stats auto" in capsys.readouterr().out
     picture = np.asarray(Image.open(tmp_path / "run" / "views.png").convert("L")).astype(float)
     shown = picture[picture < 250]  # without the white between the views
     assert 50 < shown.mean() < 200 and shown.std() > 20
@@ -408,3 +412,33 @@ def test_small_images_are_cropped_less(script, capsys):
         assert args.crop_min == share
     describe(args, range(9), SimpleNamespace(steps=1, local=1), torch.nn.Linear(1, 1))
     assert "3x3 stem without pooling, no blur, crops of at least 50% (--crop-min)" in capsys.readouterr().out
+
+
+def test_small_images_in_large_views_are_noted(tmp_path, capsys):
+    folder(tmp_path / "set", lambda file, n: Image.new("RGB", (40, 30)).save(file), ".png")
+    words = ["--data", tmp_path / "set", "--max-steps", 1, "--width", 0.25]
+    train("simsiam", tmp_path / "run", *words, "--image-size", 80)
+    said = capsys.readouterr().out
+    assert "the first image has 30 x 40 pixels: --image-size 40 loses nothing and computes 4 times less" in said
+    assert "16 images in 2 classes" in said and "fp32 on cpu" in said
+    train("simsiam", tmp_path / "other", *words, "--image-size", 64)
+    assert "the first image" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("device", ["cuda", "gpu", "cuda:99"])
+def test_devices_that_are_not_there(device):
+    done = command("eval_knn.py", "--pretrained", "random", "--data", "fake", "--device", device, check=2)
+    assert done.stderr.startswith(f"error: --device {device} cannot be used here: ") and done.stderr.count("\n") == 1
+
+
+def test_a_copied_script_has_a_run_folder_of_its_own(tmp_path):
+    (tmp_path / "mine.py").write_text((ROOT / "simsiam.py").read_text())
+    done = command(tmp_path / "mine.py", "--help", check=0, env={"PYTHONPATH": str(ROOT)})
+    assert "run folder (default: runs/mine)" in done.stdout
+
+
+def test_help_shows_each_default_once():
+    done = command("simclr.py", "--help", check=0)
+    text = " ".join(done.stdout.split())
+    assert "epochs (default: 1000)" in text and "weight decay (default: 1e-06)" in text
+    assert "(default: None)" not in text and "(default: True)" not in text and "(default: )" not in text
