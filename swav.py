@@ -61,7 +61,7 @@ def parse_args(argv=None):
     group.add_argument("--flip", type=float, default=0.5, help="probability of a mirrored view")
     group.add_argument("--channels", type=int, default=3, help="of the images; all can be made 1 or 3")
     group.add_argument("--stats", choices=["imagenet", "auto"], help="normalisation (default: auto unless 3 channels)")
-    group.add_argument("--decode", choices=["cpu", "gpu"], default="cpu", help="gpu: faster, other rounding")
+    group.add_argument("--decode", choices=["cpu", "gpu"], default="cpu", help="gpu: JPEGs by nvJPEG, other rounding")
     group.add_argument("--max-bad", type=int, default=100, help="stop after this many undecodable images")
     group = parser.add_argument_group("SwAV")
     group.add_argument("--arch", default="resnet50", help="resnet18, 34, 50, 101 or 152")
