@@ -333,6 +333,7 @@ class Probe:
         else:
             self.optimizer = torch.optim.SGD(self.parameters, nesterov=protocol.optimiser == "nesterov", **settings)
         self.labels = [self.name] if len(shapes) == 1 else [f"{self.name} feat{i + 1}" for i in range(len(shapes))]
+        self.chance = len(shapes) * math.log(classes)  # the loss of guessing
         self.results, self.loss = [], torch.zeros((), device=device)  # results: [epoch, [[top-1, top-5], ...]]
 
     def learn(self, found, labels, epoch, index):
@@ -536,9 +537,12 @@ def train(args, probes, source, state, images, check, device):
                 progress.update(index - progress.n)
                 if progress.disable:
                     print0(f"epoch {epoch + 1}/{epochs}  batch {index}/{source.steps}  loss {text}")
-                for name in [n for n, loss in losses.items() if not math.isfinite(loss) and n not in warned]:
-                    warned.add(name)
-                    print0(f"warning: the loss of {name} is {losses[name]}: lower --lr", file=sys.stderr)
+                for p in active:
+                    loss, over = losses[p.name], epoch + 1 == p.protocol.epochs and index == end
+                    if p.name not in warned and not (math.isfinite(loss) and (loss < 2 * p.chance or not over)):
+                        warned.add(p.name)
+                        text = f"the loss of {p.name} is {loss:.4g}, that of chance {p.chance:.4g}: lower --lr"
+                        print0(f"warning: {text}", file=sys.stderr)
                 if stop.requested(device):
                     progress.close()
                     leave(epoch, index)

@@ -318,6 +318,13 @@ def test_interrupted_run_equals_uninterrupted(stop_at, small, tmp_path, monkeypa
     )
 
 
+def test_a_rate_that_ends_above_chance_is_named_once(small, tmp_path, capsys):
+    run(tmp_path, "--protocol", "moco", "--lr", "0.001,1e5")
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert len(warnings) == 1 and "the loss of moco lr 100000 is" in warnings[0]
+    assert "that of chance 2.303: lower --lr" in warnings[0]
+
+
 def test_max_steps_evaluates_and_goes_on(small, tmp_path):
     words = ["--protocol", "moco,mae"]
     result, whole = run(tmp_path / "a", *words)
