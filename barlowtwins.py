@@ -51,7 +51,7 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     group = parser.add_argument_group("data")
     group.add_argument(
-        "--data", required=True, help="folder of images, or digits, cifar10[:DIR], stl10[:DIR], fake[:N]"
+        "--data", required=True, help="folder or .tar of images, or digits, cifar10[:DIR], cifar100, stl10, fake[:N]"
     )
     group.add_argument("--train-list", help="list file of training images, 'relative/path[ label]' per line")
     group.add_argument("--val-list", help="list file of validation images")
