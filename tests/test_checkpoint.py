@@ -558,4 +558,4 @@ def test_damaged_files(tmp_path, capsys):
         (tmp_path / "part.pth").write_bytes(part)
         assert "part.pth" in refused(capsys, tmp_path / "part.pth")
     assert "no such file" in refused(capsys, tmp_path / "missing.pth")
-    assert "no such file" in refused(capsys, tmp_path)
+    assert "is a folder: name the file in it" in refused(capsys, tmp_path)

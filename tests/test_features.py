@@ -55,7 +55,7 @@ def test_rows_are_the_features_of_the_paths(classes, tmp_path, capsys):
         ["features_feat2.npy", "features_feat5.npy", "labels.npy", "paths.txt"]
     )
     lines = capsys.readouterr().out.splitlines()
-    assert [line.partition(":")[0] for line in lines[1:]] == [
+    assert [line.partition(":")[0] for line in lines[2:]] == [
         str(out / name) for name in ("features_feat5.npy", "features_feat2.npy", "paths.txt", "labels.npy")
     ]
 
