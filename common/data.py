@@ -120,7 +120,7 @@ def _jpeg_size(data):
 def _is_deep(data):
     """Does an encoded image hold more than 8 bits per value?"""
     if data[:6] == b"\x93NUMPY":
-        return np.load(io.BytesIO(data), mmap_mode=None, allow_pickle=False).dtype != np.uint8
+        return np.load(io.BytesIO(data), allow_pickle=False).dtype != np.uint8
     if data[:8] == b"\x89PNG\r\n\x1a\n":
         return data[24] == 16
     if data[:4] in (b"II*\0", b"MM\0*") or data[:2] == b"P5":
