@@ -46,7 +46,7 @@ class BadImage(Exception):
     """An image that cannot be decoded; the text names the file and the reason."""
 
 
-MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # PIL's names of images with so many channels
+MODES = {1: "L", 3: "RGB"}  # what any image can be made, by its channels
 
 
 def to_tensor(image, channels=3, dtype=torch.uint8):
@@ -61,10 +61,10 @@ def to_tensor(image, channels=3, dtype=torch.uint8):
             array = array * 255
         return _typed(torch.from_numpy(array)[None], channels, dtype)
     image.info.pop("transparency", None)  # changes no colour, and PIL warns of it
-    if channels not in (1, 3) and len(image.getbands()) == channels:
-        array = np.array(image)
-    elif channels in (1, 3):
+    if channels in MODES:
         array = np.array(image.convert(MODES[channels]))
+    elif len(image.getbands()) == channels:
+        array = np.array(image)
     else:
         raise ValueError(f"has {len(image.getbands())} channels, expected {channels} (--channels)")
     array = array[:, :, None] if array.ndim == 2 else array
@@ -134,7 +134,7 @@ def decode(data, channels=3, dtype=torch.uint8):
 
     A picture of more pixels than PIL accepts, which a few bytes can claim to be, is an error before memory is taken.
     """
-    if decode_jpeg is not None and data[:3] == b"\xff\xd8\xff" and channels in (1, 3):
+    if decode_jpeg is not None and data[:3] == b"\xff\xd8\xff" and channels in MODES:
         if _jpeg_size(data)[0] <= Image.MAX_IMAGE_PIXELS:
             encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             mode = ImageReadMode.UNCHANGED if channels == 3 else ImageReadMode.GRAY
@@ -291,6 +291,12 @@ def build(data, split, image_list=None, required=True, channels=3):
         dataset.channels = channels
         deep = [i for i in range(0, len(dataset), -(-len(dataset) // 8)) if dataset.path(i).lower().endswith(DEEP)]
         dataset.dtype = torch.float32 if any(_looks_deep(dataset, i) for i in deep) else torch.uint8
+        if channels not in MODES or dataset.path(0).lower().endswith(".npy"):  # else any image can be made to fit
+            try:
+                dataset[0]
+            except BadImage as error:
+                if "(--channels)" in str(error):  # a mistake in the command, not in a file
+                    fail(f"--data {data}: {error}")
     return dataset
 
 
@@ -919,7 +925,7 @@ def check_gpu_decoder(dataset, device):
     """Ends the program with one line where `--decode gpu` cannot work."""
     if device.type != "cuda":
         fail(f"--decode gpu needs a CUDA device, and this run is on {device.type}: leave the flag out")
-    if not isinstance(dataset, Files) or dataset.channels not in (1, 3) or dataset.dtype != torch.uint8:
+    if not isinstance(dataset, Files) or dataset.channels not in MODES or dataset.dtype != torch.uint8:
         fail("--decode gpu: --data names no grey or colour image files of 8 bits: leave the flag out")
     try:
         file = io.BytesIO()

@@ -132,14 +132,21 @@ def test_one_channel_of_colour_files_is_their_luma(tmp_path):
 def test_arrays_that_mean_nothing_are_named(tmp_path, array, said):
     np.save(tmp_path / "odd.npy", array)
     with pytest.raises(BadImage, match=r"odd\.npy") as error:
-        build(tmp_path, "train")[0]
+        data.Files(tmp_path, ["odd.npy"])[0]
     assert said in str(error.value)
 
 
-def test_pictures_with_other_channels_are_named(tmp_path):
+def test_other_channels_than_the_files_have_end_the_program(tmp_path, capsys):
+    """At once, with one line, not after a hundred warnings."""
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     with pytest.raises(BadImage, match=r"a\.png.*has 3 channels, expected 5"):
-        build(tmp_path, "train", channels=5)[0]
+        data.Files(tmp_path, ["a.png"], channels=5)[0]
+    with pytest.raises(SystemExit) as stopped:
+        build(tmp_path, "train", channels=5)
+    message = capsys.readouterr().err
+    assert stopped.value.code == 2 and message.count("\n") == 1 and "has 3 channels, expected 5 (--channels)" in message
+    (tmp_path / "a.png").write_bytes(b"broken")  # which the loader tells, and goes on
+    assert len(build(tmp_path, "train", channels=5)) == 1
 
 
 def test_named_sets_in_grey():
