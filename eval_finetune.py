@@ -513,12 +513,12 @@ def main(args):
         results.append(finetune(run, copy.deepcopy(backbone), meta, data, test, device))
         print0("result      " + "  ".join(f"{k} {v:g}" for k, v in results[-1].items()))
 
+    best = max(results, key=lambda r: r["top1"])
     if args.grid:
-        best = max(results, key=lambda r: r["top1"])
         print0(f"best        lr {best['lr']:g}  head_lr {best['head_lr']:g}  top1 {best['top1']:g}")
     names = "pretrained data arch width image_size recipe epochs batch_size weight_decay freeze seed".split()
     result = {"method": meta["method"], **{k: getattr(args, k) for k in names}}
-    result |= {"labels": labels, "train": len(data), "test": len(test), **max(results, key=lambda r: r["top1"])}
+    result |= {"labels": labels, "train": len(data), "test": len(test), **best}
     result |= {"grid": results} if args.grid else {}
     report(args, "finetune", result)
     finish()

@@ -34,9 +34,9 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
-from common.augment import EvalView, View, augment, center_crop, uniforms
+from common.augment import EvalView, View, augment, uniforms
 from common.checkpoint import compare, init_from, load, load_backbone, refuse, resume, save_run
-from common.data import Files, Loader, Pool, build, default_size, fit, spread
+from common.data import Files, Loader, Pool, build, center_crop, default_size, fit, spread
 from common.distributed import finish, init, is_main, mean, parallel, print0
 from common.knn import knn_monitor
 from common.log import Logger, Parser, check_args, describe, fail, rgb, save_views
@@ -234,7 +234,7 @@ def save_pictures(path, model, images, mean, std, mask_ratio, norm_pix, seed, am
     view = EvalView(size, resize=size, interpolation="bicubic", mean=tuple(mean), std=tuple(std))
     jobs = [(np.arange(len(images)), np.zeros((1, len(images), 0)))]
     pool = Pool(images, table.device, 0, max_bad)
-    indices, _, (crops,), _ = next(pool.run(jobs, (view,), lambda image, view, u: center_crop(image, view)))
+    indices, _, (crops,), _ = next(pool.run(jobs, (view,), center_crop))
     x = augment(crops, [], view.mean, view.std, table.dtype)
     noise = torch.from_numpy(uniforms(seed, 0, indices, 101, count)).to(table.device)
     with amp:

@@ -202,7 +202,7 @@ def _central(images, size):
 
 
 # Many images of one size at once, on any device, in the integers that torch's uint8 kernel on the CPU uses: bit for bit
-# the pixels of the functions above, which tests/test_augment.py asserts.
+# the pixels of the functions above, which tests/test_own_data.py asserts.
 def _bilinear(x):
     return np.maximum(0, 1 - np.abs(x))
 
@@ -255,7 +255,8 @@ def _resize_axis(x, dim, start, length, size, interpolation):
 
 
 def crop_resize_batch(images, boxes, size, interpolation="bilinear"):
-    """`crop_resize` of uint8 images (B, H, W, C) with boxes (B, 4), int64: uint8 (B, size, size, C)."""
+    """`crop_resize` of uint8 images (B, H, W, C) with boxes (B, 4), int64: uint8 (B, size, size, C). size: pixels, or
+    (height, width)."""
     height, width = (size, size) if isinstance(size, int) else size
     top, left, rows, columns = boxes.unbind(1)
     x = _resize_axis(images.to(torch.int32), 2, left, columns, width, interpolation)
@@ -375,7 +376,7 @@ def augment(images, steps, mean, std, dtype=torch.float32):
     portions = _portions(images, steps)
     targets = result.split(len(portions[0][0]))
     threads = torch.get_num_threads() if len(portions) > 1 else 1
-    # one image per thread: no thread waits for others within an operator, and sums do not depend on their number
+    # each thread has portions of its own: none waits within an operator, and sums do not depend on their number
     run = map if threads == 1 else _threads(threads).map
     for _ in run(lambda target, portion: _augment(target, *portion, mean, std), targets, portions):
         pass

@@ -23,15 +23,14 @@ def init(device="auto"):
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    name, device = device, f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
+    own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
     try:
-        device = torch.device(device)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # whatever the reason, one line
-        if int(os.environ.get("RANK", 0)) == 0:
-            reason = str(error).strip().splitlines()[0]
-            print(f"error: --device {name} cannot be used here: {reason}", file=sys.stderr, flush=True)
+        torch.empty(0, device=own)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        print0(f"error: --device {device} cannot be used here: {reason}", file=sys.stderr)
         raise SystemExit(2) from None
+    device = torch.device(own)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():

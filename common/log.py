@@ -20,6 +20,7 @@ import torchvision
 from tqdm import tqdm
 
 from common.distributed import any_process, finish, is_main, print0, world_size
+from common.optim import precision_name
 
 
 def fail(message, code=2):
@@ -385,11 +386,9 @@ def describe(args, data, loader, model, **lines):
     images = f"{len(data):,} images {kind}"
     print0(f"data        {args.data}: {images}, {loader.steps} steps x {args.epochs} epochs = {steps:,} steps")
     print0(f"batch       {args.batch_size} = {world_size()} processes x {args.accum} micro-batches x {loader.local}")
-    device, kind = next(model.parameters()).device, args.precision
-    if kind == "auto":
-        kind = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    device = next(model.parameters()).device
     size = f"width {args.width:g}, {args.image_size} px, {parameters:.2f} M trained parameters"
-    print0(f"model       {args.arch}, {size}, {kind} on {device.type}")
+    print0(f"model       {args.arch}, {size}, {precision_name(args.precision, device)} on {device.type}")
     for name, text in lines.items():
         print0(f"{name:<11} {text}")
     usual = (Parser.recipe or {}).get("batch_size")

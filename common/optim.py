@@ -78,13 +78,19 @@ class LARS(torch.optim.Optimizer):
                 torch._foreach_add_(params, buffers, alpha=-group["lr"])
 
 
+def precision_name(name, device):
+    """fp32, bf16, fp16 or fp64: what "auto" is on a device, and any other name itself."""
+    if name != "auto":
+        return name
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+
+
 def precision(name, device):
     """What `--precision` means on a device: (autocast context for every forward, GradScaler, dtype of the weights).
 
     auto: bf16 autocast on CUDA, fp32 elsewhere. fp64: everything in double precision, for exactness tests.
     """
-    if name == "auto":
-        name = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    name = precision_name(name, device)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(name)
     amp = torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
     scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")

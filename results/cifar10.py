@@ -6,7 +6,7 @@
 
 200 epochs at 32 pixels, k-NN every 10; MAE a ViT-Ti. Recipes are those published for CIFAR-10 where there are any (the
 comments name them), else the method's own at this size. Each run lands in runs/cifar10/<method>; log.jsonl and the
-evaluations are copied to results/cifar10/<method>.* .
+evaluations are copied to results/cifar10/<method>.* . Other flags go to the pre-training scripts.
 """
 
 import argparse
@@ -50,8 +50,6 @@ LIGHTLY = {
 }
 SOLO = {"simsiam": 90.51, "simclr": 90.74, "byol": 92.58, "moco": 92.94, "barlowtwins": 92.10, "swav": 89.17}
 SOLO["mocov3"] = 93.10
-
-
 PROTOCOL = "swav lr 0.3"  # 100 epochs
 
 
@@ -72,7 +70,7 @@ def run(method, data, more):
 
 
 def row(method):
-    """k-NN, linear top-1, hardware, seconds per epoch and commit of a method's logs; "not run" without them."""
+    """k-NN and linear top-1, seconds per epoch and commit of a method's logs; "not run" without them."""
     log = LOGS / f"{method}.jsonl"
     if not log.exists():
         return ["not run"] * 2 + [""] * 2
