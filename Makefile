@@ -15,8 +15,8 @@ venv: .venv/ready
 demo: venv  ## pre-train on digits, print the table, draw the picture
 	$(RUN) demo.py
 
-test: venv  ## the test suite
-	$(RUN) -m pytest
+test: venv  ## the test suite, on all cores
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile
 
 lint: venv
 	$(RUN) -m ruff check .

@@ -10,89 +10,66 @@ L = sum_i (1 - C_ii)^2 + lambda sum_{i != j} C_ij^2.
 Published, ResNet-50 on ImageNet, linear top-1: 73.5 (official code, 1000 epochs, batch 2048); 71.66 in MMSelfSup 0.11
 (300 epochs, batch 2048); 67.2 in solo-learn (100 epochs). Ours: not run.
 
-Small images (after lightly's CIFAR-10 benchmark; 32 px): --image-size 32 --arch resnet18 --dim 2048 --lambd 0.005
---optimizer sgd --lr 0.12 --lr-biases 0.12 --scale-loss 1 --weight-decay 5e-4 --batch-size 128 --epochs 200
---warmup-epochs 0. solo-learn scales this loss by 0.1.
+Small images (after lightly's CIFAR-10 benchmark, whose projector has 2 layers, not 3; 32 px): --image-size 32 --arch
+resnet18 --dim 2048 --lambd 0.005 --optimizer sgd --lr 0.12 --lr-biases 0.12 --scale-loss 1 --weight-decay 5e-4
+--batch-size 128 --epochs 200 --warmup-epochs 0. solo-learn scales this loss by 0.1.
 
---scale-loss and --lr-biases: the official code sums C over its W processes behind autograd's back, so its steps are
-those of L / W; its README trains the above on 16 V100, so W = 16. Here the gradient is exact for any number of
-processes, and L / 16 stands in for theirs. LARS normalises the factor away from the weights' steps (but for the weight
-decay in them); the steps of biases and norms are proportional to it, and --lr-biases 0.0048 was tuned with it. The same
-steps without it: --scale-loss 1 --lr-biases 0.0003. The loss shown is L itself.
+--scale-loss and --lr-biases: the official code sums C over its W processes outside autograd, so its steps are those of
+L / W; its README trains on 16 V100, so W = 16. Here the gradient is exact for any number of processes, and L / 16 takes
+the place of L / W. LARS removes this factor from the steps of the weights (not from the weight decay in them); the
+steps of biases and norms are proportional to it, and --lr-biases 0.0048 was tuned with it. The same steps without the
+factor: --scale-loss 1 --lr-biases 0.0003. The loss shown is L itself.
 --accum is not the same as the whole batch at once: C is that of a micro-batch, whose entries are noisier.
 
-Deviations from the official code: the exact gradient; the loss in fp32 also under autocast; the last, incomplete batch
-is dropped; images of at most 64 pixels are not blurred, are cropped to a fifth of their area at least (not 0.08), and
-get a 3x3 stem.
+Deviations from the official code: the exact gradient; bf16 on CUDA (fp16 there), the loss in fp32; the last, incomplete
+batch is dropped; images of at most 64 pixels are not blurred, are cropped to a fifth of their area at least (0.08 in
+the code), and get a 3x3 stem.
 To hack: copy this file. What is Barlow Twins: the sections augmentation, model and loss, and the lines marked in main.
 """
 
 import dataclasses
 import sys
-import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.augment import EvalView, View
-from common.checkpoint import init_from, resume, save_run
-from common.data import Loader, build, default_size, fit
-from common.distributed import all_reduce, finish, init, mean, parallel, sync_batch_norm, world_size
-from common.knn import knn_monitor
-from common.log import Logger, Parser, check_args, describe, output_std, save_views
-from common.optim import LARS, cosine, full, param_groups, precision
+from common.args import Parser, at_least, below_one, default_size, positive, probability, share, width
+from common.augment import View
+from common.distributed import all_reduce, world_size
+from common.features import output_std
+from common.optim import LARS, cosine, param_groups
 from common.resnet import resnet
+from common.run import Run
 
 
 # -------------------------------------------------------------------------------------------------- arguments
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--data", required=True, help="folder or .tar of images, or digits, cifar10[:DIR], cifar100, stl10, fake[:N]"
-    )
-    group.add_argument("--train-list", help="list file of training images, 'relative/path[ label]' per line")
-    group.add_argument("--val-list", help="list file of validation images")
-    group.add_argument("--image-size", type=int, help="pixels of a view (default: 224, or what fits a small named set)")
-    group.add_argument("--crop-min", type=float, help="smallest share of the area in a crop (unset: 0.08, small: 0.2)")
-    group.add_argument("--flip", type=float, default=0.5, help="probability of a mirrored view")
-    group.add_argument("--channels", type=int, default=3, help="of the images; all can be made 1 or 3")
-    group.add_argument("--stats", choices=["imagenet", "auto"], help="normalisation (default: auto unless 3 channels)")
-    group.add_argument("--decode", choices=["cpu", "gpu"], default="cpu", help="gpu: JPEGs by nvJPEG, other rounding")
-    group.add_argument("--max-bad", type=int, default=100, help="stop after this many undecodable images")
+    parser.add_common(__file__)  # --data, --out, --resume, --seed ...: what is the same in every script
     group = parser.add_argument_group("Barlow Twins")
+    group.add_argument(
+        "--crop-min", type=share, help="smallest share of the image area in a crop (default 0.08; 0.2 up to 64 px)"
+    )
+    group.add_argument("--flip", type=probability, default=0.5, help="probability of a mirrored view")
     group.add_argument("--arch", default="resnet50", help="resnet18, 34, 50, 101 or 152")
-    group.add_argument("--width", type=float, default=1.0, help="multiplier of the backbone's channels")
-    group.add_argument("--hidden-dim", type=int, help="width of the projector's hidden layers (default: --dim)")
-    group.add_argument("--dim", type=int, default=8192, help="outputs of the projector, D")
-    group.add_argument("--lambd", type=float, default=0.0051, help="lambda: weight of the redundancy term")
-    group.add_argument("--scale-loss", type=float, default=1 / 16, help="1 / processes of the official run")
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=int, default=1000)
-    group.add_argument("--warmup-epochs", type=int, default=10)
-    group.add_argument("--batch-size", type=int, default=2048, help="images per step over all processes and --accum")
-    group.add_argument("--accum", type=int, default=1, help="micro-batches per step")
+    group.add_argument("--width", type=width, default=1.0, help="multiplier of the backbone's channels")
+    group.add_argument(
+        "--hidden-dim", type=positive(int), help="width of the projector's hidden layers (default: --dim)"
+    )
+    group.add_argument("--dim", type=positive(int), default=8192, help="outputs of the projector, D")
+    group.add_argument("--lambd", type=at_least(0, float), default=0.0051, help="lambda: weight of the redundancy term")
+    group.add_argument("--scale-loss", type=positive(float), default=1 / 16, help="1 / processes of the official run")
+    group.add_argument("--epochs", type=positive(int), default=1000)
+    group.add_argument("--warmup-epochs", type=at_least(0), default=10)
+    group.add_argument(
+        "--batch-size", type=positive(int), default=2048, help="images per step over all processes and --accum"
+    )
     group.add_argument("--optimizer", choices=["lars", "sgd"], default="lars")
-    group.add_argument("--lr", type=float, default=0.2, help="per 256 images: multiplied by batch-size / 256")
-    group.add_argument("--lr-biases", type=float, default=0.0048, help="the same for biases and norms")
-    group.add_argument("--weight-decay", type=float, default=1e-6)
-    group.add_argument("--momentum", type=float, default=0.9)
-    group = parser.add_argument_group("run")
-    group.add_argument("--out", default=f"runs/{Path(__file__).stem}", help="run folder")
-    group.add_argument("--resume", action="store_true", default=True, help="continue from last.pt in --out")
-    group.add_argument("--no-resume", dest="resume", action="store_false", help="start again, overwriting --out")
-    group.add_argument("--init", help="weights to start from, with a fresh schedule")
-    group.add_argument("--max-steps", type=int, default=0, help="stop after this many steps, keeping the schedule")
-    group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--workers", type=int, default=8, help="loading threads per process")
-    group.add_argument("--device", default="auto")
-    group.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16", "fp64"], default="auto")
-    group.add_argument("--compile", action="store_true", help="torch.compile the model")
-    group.add_argument("--log-every", type=int, default=20, help="steps")
-    group.add_argument("--save-every", type=float, default=10, help="minutes")
-    group.add_argument("--knn-every", type=int, default=10, help="epochs between k-NN accuracies (0: never)")
+    group.add_argument("--lr", type=positive(float), default=0.2, help="per 256 images: multiplied by batch-size / 256")
+    group.add_argument("--lr-biases", type=at_least(0, float), default=0.0048, help="the same for biases and norms")
+    group.add_argument("--weight-decay", type=at_least(0, float), default=1e-6)
+    group.add_argument("--momentum", type=below_one, default=0.9)
     args = parser.parse_args(argv)
     args.image_size = args.image_size or default_size(args.data)
     args.crop_min = (0.2 if args.image_size <= 64 else 0.08) if args.crop_min is None else args.crop_min
@@ -102,10 +79,10 @@ def parse_args(argv=None):
 
 # ----------------------------------------------------------------------------------------------- augmentation
 def augmentation(size, crop_min=0.08, flip=0.5):
-    """That of BYOL (section 2.2): view 1 always blurred; view 2 rarely, and solarized at times."""
+    """The views differ, as in BYOL: only the first is always blurred, only the second may be solarised (paper, 2.2)."""
     view = View(
         size=size,
-        crop=(crop_min, 1.0),
+        area=(crop_min, 1.0),
         interpolation="bicubic",
         flip=flip,
         jitter=(0.4, 0.4, 0.2, 0.1),
@@ -113,9 +90,8 @@ def augmentation(size, crop_min=0.08, flip=0.5):
         gray_p=0.2,
         blur_p=1.0 if size > 64 else 0.0,
         blur_sigma=(0.1, 2.0),
-        solarize_p=0.0,
     )
-    return [view, dataclasses.replace(view, blur_p=0.1 if size > 64 else 0.0, solarize_p=0.2)]
+    return [view, dataclasses.replace(view, blur_p=0.1 * view.blur_p, solarize_p=0.2)]
 
 
 # ------------------------------------------------------------------------------------------------------ model
@@ -148,7 +124,7 @@ class BarlowTwins(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------------- loss
-def standardise(z):
+def standardize(z):
     """Mean 0 and variance 1 of every dimension over the batch of all processes: batch norm without scale and shift."""
     batch = len(z) * world_size()
     z = z - all_reduce(z.sum(0)) / batch
@@ -162,7 +138,7 @@ def barlow_twins_loss(z1, z2, lambd):
     Returns a scalar >= 0, a sum over (D, D): about D + lambd * D^2 / B if the views have nothing in common.
     """
     batch = len(z1) * world_size()
-    c = all_reduce(standardise(z1).T @ (standardise(z2) / batch))
+    c = all_reduce(standardize(z1).T @ (standardize(z2) / batch))
     diagonal, zeros = c.diagonal(), c.new_zeros(()).expand_as(c)
     total = F.mse_loss(c, zeros, reduction="sum")  # one (D, D) temporary; c.square().sum() makes three
     off_diagonal = total - diagonal.square().sum()
@@ -171,84 +147,30 @@ def barlow_twins_loss(z1, z2, lambd):
 
 # --------------------------------------------------------------------------------------------------- training
 def main(args):
-    device = init(args.device)
-    check_args(args)
-    torch.manual_seed(args.seed)
-    amp, scaler, dtype = precision(args.precision, device)
-
-    data = build(args.data, "train", args.train_list, channels=args.channels)
-    val = build(args.data, "val", args.val_list, required=False, channels=args.channels)
-    views = fit(augmentation(args.image_size, args.crop_min, args.flip), data, args.stats, args.workers)
-    settings = {k: getattr(args, k) for k in ("seed", "workers", "accum", "max_bad", "decode")}
-    loader = Loader(data, views, args.batch_size, device=device, dtype=dtype, **settings)
-    total, warmup = args.epochs * loader.steps, args.warmup_epochs * loader.steps
-
+    run = Run(args)
+    run.open(augmentation(args.image_size, args.crop_min, args.flip))
     backbone = resnet(args.arch, args.width, args.image_size, zero_init_residual=True, channels=args.channels)
-    model = BarlowTwins(backbone, args.hidden_dim, args.dim)
-    model = sync_batch_norm(model.to(device, dtype, memory_format=torch.channels_last))
-    if args.init:
-        init_from(args.init, model)
-    peak = args.lr * args.batch_size / 256
+    model = run.place(BarlowTwins(backbone, args.hidden_dim, args.dim))
+    peak, biases = (rate * args.batch_size / 256 for rate in (args.lr, args.lr_biases))
     groups = param_groups(model, args.weight_decay)  # Barlow Twins: weights; biases and norms, each with its own rate
-    optimizer = (LARS if args.optimizer == "lars" else torch.optim.SGD)(groups, lr=peak, momentum=args.momentum)
-    state = resume(args, len(data), model, optimizer, scaler)
-    step = state["step"] if state else 0
-    net = parallel(model)
-    net = torch.compile(net) if args.compile else net
-
-    peaks = f"{peak:.4g} and {peak * args.lr_biases / args.lr:.4g} (biases and norms)"
-    rule = f"{args.lr} and {args.lr_biases} x {args.batch_size}/256 = {peaks}"
+    optimizer = {"lars": LARS, "sgd": torch.optim.SGD}[args.optimizer]
+    optimizer = optimizer(groups, lr=peak, momentum=args.momentum)
+    rule = f"{args.lr} and {args.lr_biases} x {args.batch_size}/256 = {peak:.4g} and {biases:.4g} (biases and norms)"
     unrelated = args.dim + args.lambd * args.dim**2 * args.accum / args.batch_size
-    chance = f"loss about D + lambda D^2/B = {unrelated:.4g} for unrelated views, best 0"
-    describe(args, data, loader, model, lr=rule, chance=chance)
-    log = Logger(args, loader, total, step)
+    baseline = f"loss about D + lambda D^2/B = {unrelated:.4g} for unrelated views, best 0"
+    net = run.start(model, optimizer, lr=rule, baseline=baseline)
 
-    def save():
-        save_run(args, step, len(data), model, optimizer, scaler, model.backbone, views[0])
-
-    def knn():
-        view = EvalView(args.image_size, mean=views[0].mean, std=views[0].std)
-        return knn_monitor(model.backbone, data, val, view, device, args.workers, amp)
-
-    if args.knn_every and not state:
-        log.note(0, **knn())
-    saved = time.monotonic()
-    for epoch in range(step // loader.steps, args.epochs):
-        batches = loader.epoch(epoch, start=step % loader.steps)
-        for step in range(step + 1, min((epoch + 1) * loader.steps, log.last) + 1):
-            lr = peak * cosine(step - 1, total, warmup, final=0.001)  # Barlow Twins: ends at 0.001 of the peak
+    for epoch in run.epochs():
+        for step, batches in run.steps(epoch):
+            lr = peak * cosine(step, run.total, run.warmup, final=0.001)  # Barlow Twins: ends at 0.001 of the peak
             for group in optimizer.param_groups:
                 group["lr"] = lr if group["adapt"] else lr * args.lr_biases / args.lr  # Barlow Twins
-            loss = 0.0
-            for _ in range(args.accum):
-                batch = next(batches)
-                if step == 1:
-                    save_views(f"{args.out}/views.png", batch)
+            for batch in batches:
                 x1, x2 = batch.views()
-                with amp:
-                    z1, z2 = net(x1, x2)
-                part = barlow_twins_loss(full(z1), full(z2), args.lambd) / args.accum  # Barlow Twins
-                scaler.scale(part * args.scale_loss).backward()  # Barlow Twins
-                loss = loss + part.detach()
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-
-            if log.due(step):
-                log.log(step, step / loader.steps, mean(loss).item(), lr, std=mean(output_std(z1)).item())
-                stop = log.stop.requested(device)
-                if stop or step == log.last or time.monotonic() - saved > 60 * args.save_every:
-                    save()
-                    saved = time.monotonic()
-                if stop:
-                    log.end(step)
-        whole = step == (epoch + 1) * loader.steps  # not cut short by --max-steps
-        if args.knn_every and whole and ((epoch + 1) % args.knn_every == 0 or epoch + 1 == args.epochs):
-            log.note(step, **knn())
-        if step >= log.last:
-            break
-    log.close()
-    finish()
+                z1, z2 = net(x1, x2)
+                run.backward(barlow_twins_loss(z1, z2, args.lambd), args.scale_loss)  # Barlow Twins
+            run.update(optimizer)
+            run.log(lr, std=output_std(z1))
 
 
 if __name__ == "__main__":

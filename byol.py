@@ -1,7 +1,7 @@
 """BYOL: Bootstrap Your Own Latent (Grill et al., NeurIPS 2020, arXiv 2006.07733).
 
-One view passes the online network (backbone, projector, predictor), which has to predict what a target network makes
-of the other view; the target is a moving average of the online network and gets no gradient:
+One view of an image passes the online network (backbone, projector, predictor), which has to predict how a target
+network projects the other view. The target is a moving average of the online network and receives no gradient:
 L = |norm(p1) - norm(z2)|^2 + |norm(p2) - norm(z1)|^2,  target <- tau * target + (1 - tau) * online after every step.
 
     torchrun --nproc_per_node=8 byol.py --data /imagenet
@@ -17,15 +17,17 @@ Published schedules; --epochs picks the row (the nearest by ratio) for those of 
 Published, ResNet-50 on ImageNet, linear top-1: 74.4 (released weights, 1000 epochs, batch 4096; official README);
 72.93 after 300 epochs, 71.88 after 200 in MMSelfSup 0.11 (batch 4096). Ours: not run.
 
-Small images, small batches: --optimizer sgd, whose published settings are those of lightly's CIFAR-10 benchmark (its
-loss has a quarter of our gradient, so the learning rate is divided and the weight decay multiplied by 4):
+Small images, small batches: --optimizer sgd after lightly's CIFAR-10 benchmark, whose target has a constant momentum
+(here it rises to 1). The gradient of its loss is a quarter of ours, so here the learning rate is a quarter of theirs
+and the weight decay 4 times theirs:
     python byol.py --data cifar10 --arch resnet18 --hidden-dim 1024 --batch-size 128 --epochs 200 --warmup-epochs 0 \
         --optimizer sgd --lr 0.03 --weight-decay 2e-3 --tau 0.99
 
-Deviations from the paper: the target starts as a copy of the online network, not from another seed; brightness jitter
-multiplies; weights start as in torchvision and torch, with the last scale of each residual block at 0; images of at
-most 64 pixels are not blurred, are cropped to a fifth of their area at least (the paper has 0.08), and get a 3x3 stem.
---init always starts the target as a copy of what was loaded.
+Deviations from the paper: the target starts as a copy of the online network, not from another seed, also after --init;
+crops (the official one is a single attempt, clipped to the image), bicubic interpolation, saturation, contrast and the
+blur's borders are torchvision's; the brightness jitter multiplies; bf16 on CUDA, the loss in fp32; weights start as in
+torchvision and torch, with the last scale of each residual block at 0; images of at most 64 pixels are not blurred, are
+cropped to a fifth of their area at least (0.08 in the paper), and get a 3x3 stem.
 To hack: copy this file. What is BYOL: the sections augmentation, model and loss, and the lines marked in main.
 """
 
@@ -33,21 +35,17 @@ import copy
 import dataclasses
 import math
 import sys
-import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.augment import EvalView, View
-from common.checkpoint import init_from, resume, save_run
-from common.data import Loader, build, default_size, fit
-from common.distributed import finish, init, mean, parallel, sync_batch_norm
-from common.knn import knn_monitor
-from common.log import Logger, Parser, check_args, describe, output_std, save_views
-from common.optim import LARS, cosine, full, param_groups, precision
+from common.args import Parser, at_least, below_one, default_size, number, positive, probability, share, width
+from common.augment import View
+from common.features import output_std
+from common.optim import LARS, cosine, param_groups
 from common.resnet import resnet
+from common.run import Run
 
 # -------------------------------------------------------------------------------------------------- arguments
 SCHEDULES = {
@@ -60,53 +58,33 @@ SCHEDULES = {
 
 def published(epochs):
     """The number of epochs in SCHEDULES whose ratio to `epochs` is nearest to 1."""
-    return min(SCHEDULES, key=lambda row: abs(math.log(row / max(1, epochs))))
+    return min(SCHEDULES, key=lambda row: abs(math.log(row / epochs)))
 
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--data", required=True, help="folder or .tar of images, or digits, cifar10[:DIR], cifar100, stl10, fake[:N]"
-    )
-    group.add_argument("--train-list", help="list file of training images, 'relative/path[ label]' per line")
-    group.add_argument("--val-list", help="list file of validation images")
-    group.add_argument("--image-size", type=int, help="pixels of a view (default: 224, or what fits a small named set)")
-    group.add_argument("--crop-min", type=float, help="smallest share of the area in a crop (unset: 0.08, small: 0.2)")
-    group.add_argument("--flip", type=float, default=0.5, help="probability of a mirrored view")
-    group.add_argument("--channels", type=int, default=3, help="of the images; all can be made 1 or 3")
-    group.add_argument("--stats", choices=["imagenet", "auto"], help="normalisation (default: auto unless 3 channels)")
-    group.add_argument("--decode", choices=["cpu", "gpu"], default="cpu", help="gpu: JPEGs by nvJPEG, other rounding")
-    group.add_argument("--max-bad", type=int, default=100, help="stop after this many undecodable images")
+    parser.add_common(__file__)  # --data, --out, --resume, --seed ...: what is the same in every script
     group = parser.add_argument_group("BYOL")
+    group.add_argument(
+        "--crop-min", type=share, help="smallest share of the image area in a crop (default 0.08; 0.2 up to 64 px)"
+    )
+    group.add_argument("--flip", type=probability, default=0.5, help="probability of a mirrored view")
     group.add_argument("--arch", default="resnet50", help="resnet18, 34, 50, 101 or 152")
-    group.add_argument("--width", type=float, default=1.0, help="multiplier of the backbone's channels")
-    group.add_argument("--dim", type=int, default=256, help="outputs of projector g and predictor q")
-    group.add_argument("--hidden-dim", type=int, default=4096, help="hidden width of projector and predictor")
-    group.add_argument("--tau", type=float, help="target's decay rate at the start; rises to 1 (unset: by --epochs)")
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=int, default=1000)
-    group.add_argument("--warmup-epochs", type=int, default=10)
-    group.add_argument("--batch-size", type=int, default=4096, help="images per step over all processes and --accum")
-    group.add_argument("--accum", type=int, default=1, help="micro-batches per step")
+    group.add_argument("--width", type=width, default=1.0, help="multiplier of the backbone's channels")
+    group.add_argument("--dim", type=positive(int), default=256, help="outputs of projector g and predictor q")
+    group.add_argument("--hidden-dim", type=positive(int), default=4096, help="hidden width of projector and predictor")
+    group.add_argument("--tau", type=number(float, 0, 1), help="target's momentum at the start (default: by --epochs)")
+    group.add_argument("--epochs", type=positive(int), default=1000)
+    group.add_argument("--warmup-epochs", type=at_least(0), default=10)
+    group.add_argument(
+        "--batch-size", type=positive(int), default=4096, help="images per step over all processes and --accum"
+    )
     group.add_argument("--optimizer", choices=["lars", "sgd"], default="lars", help="sgd: for small batches")
-    group.add_argument("--lr", type=float, help="per 256 images: multiplied by batch-size / 256 (unset: by --epochs)")
-    group.add_argument("--weight-decay", type=float, help="not of biases and norms (unset: by --epochs)")
-    group.add_argument("--momentum", type=float, default=0.9)
-    group = parser.add_argument_group("run")
-    group.add_argument("--out", default=f"runs/{Path(__file__).stem}", help="run folder")
-    group.add_argument("--resume", action="store_true", default=True, help="continue from last.pt in --out")
-    group.add_argument("--no-resume", dest="resume", action="store_false", help="start again, overwriting --out")
-    group.add_argument("--init", help="weights to start from, with a fresh schedule")
-    group.add_argument("--max-steps", type=int, default=0, help="stop after this many steps, keeping the schedule")
-    group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--workers", type=int, default=8, help="loading threads per process")
-    group.add_argument("--device", default="auto")
-    group.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16", "fp64"], default="auto")
-    group.add_argument("--compile", action="store_true", help="torch.compile the model")
-    group.add_argument("--log-every", type=int, default=20, help="steps")
-    group.add_argument("--save-every", type=float, default=10, help="minutes")
-    group.add_argument("--knn-every", type=int, default=10, help="epochs between k-NN accuracies (0: never)")
+    group.add_argument(
+        "--lr", type=positive(float), help="per 256 images: multiplied by batch-size / 256 (default: by --epochs)"
+    )
+    group.add_argument("--weight-decay", type=at_least(0, float), help="not of biases and norms (default: by --epochs)")
+    group.add_argument("--momentum", type=below_one, default=0.9)
     args = parser.parse_args(argv)
     args.image_size = args.image_size or default_size(args.data)
     args.crop_min = (0.2 if args.image_size <= 64 else 0.08) if args.crop_min is None else args.crop_min
@@ -115,8 +93,6 @@ def parse_args(argv=None):
     for name, value in SCHEDULES[published(args.epochs)].items():
         if getattr(args, name) is None:
             setattr(args, name, value)
-    if not 0 <= args.tau <= 1:
-        parser.error(f"--tau must lie between 0 and 1, not {args.tau}")
     return args
 
 
@@ -125,7 +101,7 @@ def augmentation(size, crop_min=0.08, flip=0.5):
     """The views differ: only the first is always blurred, only the second may be solarised (paper, appendix B)."""
     view = View(
         size=size,
-        crop=(crop_min, 1.0),
+        area=(crop_min, 1.0),
         interpolation="bicubic",
         flip=flip,
         jitter=(0.4, 0.4, 0.2, 0.1),
@@ -149,7 +125,7 @@ def mlp(inputs, hidden, outputs):
 
 
 class BYOL(nn.Module):
-    """Online network of backbone f, projector g and predictor q, and a target network of f and g (section 3.1).
+    """Online network of backbone f, projector g and predictor q, and target network of f and g (section 3.1).
 
     dim: outputs of projector and predictor, hidden_dim: their hidden width.
     """
@@ -167,18 +143,16 @@ class BYOL(nn.Module):
         self.target_projector = copy.deepcopy(self.projector).requires_grad_(False)
 
     @torch.no_grad()
-    def update_target(self, tau):
-        """target <- tau * target + (1 - tau) * online, for parameters: the target keeps batch-norm statistics of its
-        own, which its own forward passes collect."""
+    def update_target(self, momentum):
+        """target <- momentum * target + (1 - momentum) * online, for parameters; batch-norm statistics are its own."""
         target = [*self.target_backbone.parameters(), *self.target_projector.parameters()]
         online = [*self.backbone.parameters(), *self.projector.parameters()]
-        torch._foreach_lerp_(target, online, 1 - tau)
+        torch._foreach_lerp_(target, online, 1 - momentum)
 
     def forward(self, x1, x2):
         """x1, x2: views (B, 3, S, S). Returns online predictions p1, p2 and target projections z1, z2, (B, D) each.
 
-        The views pass separately: batch-norm statistics are those of one view. The target, too, normalises by the
-        batch (train mode).
+        The views pass separately: batch-norm statistics are those of one view, in the target too (train mode).
         """
         p1 = self.predictor(self.projector(self.backbone(x1)))
         p2 = self.predictor(self.projector(self.backbone(x2)))
@@ -188,9 +162,9 @@ class BYOL(nn.Module):
         return p1, p2, z1, z2
 
 
-def target_decay(step, total, tau):
-    """tau of the update that follows step `step` (counted from 0) of `total`: from `tau` up to 1 (section 3.3)."""
-    return 1 - (1 - tau) * (math.cos(math.pi * step / total) + 1) / 2
+def target_momentum(step, total, start):
+    """Momentum of the target at step `step`, counted from 0, of `total`: from `start` up to 1 by half a cosine."""
+    return 1 - (1 - start) * (math.cos(math.pi * step / total) + 1) / 2
 
 
 # ------------------------------------------------------------------------------------------------------- loss
@@ -203,86 +177,33 @@ def byol_loss(p1, p2, z1, z2):
 
 # --------------------------------------------------------------------------------------------------- training
 def main(args):
-    device = init(args.device)
-    check_args(args)
-    torch.manual_seed(args.seed)
-    amp, scaler, dtype = precision(args.precision, device)
-
-    data = build(args.data, "train", args.train_list, channels=args.channels)
-    val = build(args.data, "val", args.val_list, required=False, channels=args.channels)
-    views = fit(augmentation(args.image_size, args.crop_min, args.flip), data, args.stats, args.workers)
-    settings = {k: getattr(args, k) for k in ("seed", "workers", "accum", "max_bad", "decode")}
-    loader = Loader(data, views, args.batch_size, device=device, dtype=dtype, **settings)
-    total, warmup = args.epochs * loader.steps, args.warmup_epochs * loader.steps
-
+    run = Run(args)
+    run.open(augmentation(args.image_size, args.crop_min, args.flip))
     backbone = resnet(args.arch, args.width, args.image_size, zero_init_residual=True, channels=args.channels)
-    model = BYOL(backbone, args.dim, args.hidden_dim)
-    model = sync_batch_norm(model.to(device, dtype, memory_format=torch.channels_last))
+    model = run.place(BYOL(backbone, args.dim, args.hidden_dim))
     if args.init:
-        init_from(args.init, model)
-        model.reset_target()  # BYOL
+        model.reset_target()  # BYOL: the target starts as a copy
     peak = args.lr * args.batch_size / 256
     optimizer = {"lars": LARS, "sgd": torch.optim.SGD}[args.optimizer]
     optimizer = optimizer(param_groups(model, args.weight_decay), lr=peak, momentum=args.momentum)
-    state = resume(args, len(data), model, optimizer, scaler)
-    step = state["step"] if state else 0
-    net = parallel(model)
-    net = torch.compile(net) if args.compile else net
-
+    rule = f"{args.lr} x {args.batch_size}/256 = {peak:.4g}"
     row = published(args.epochs)
     schedule = f"tau {args.tau} to 1, weight decay {args.weight_decay}; nearest published ({row} epochs): "
     schedule += ", ".join(f"{name} {value}" for name, value in SCHEDULES[row].items())
-    rule = f"{args.lr} x {args.batch_size}/256 = {peak:.4g}"
-    describe(args, data, loader, model, lr=rule, schedule=schedule, chance="loss 4, best 0")
-    log = Logger(args, loader, total, step, chance=4.0)
+    net = run.start(model, optimizer, chance=4.0, lr=rule, schedule=schedule, baseline="loss 4, best 0")
 
-    def save():
-        save_run(args, step, len(data), model, optimizer, scaler, model.backbone, views[0])
-
-    def knn():
-        view = EvalView(args.image_size, mean=views[0].mean, std=views[0].std)
-        return knn_monitor(model.backbone, data, val, view, device, args.workers, amp)
-
-    if args.knn_every and not state:
-        log.note(0, **knn())
-    saved = time.monotonic()
-    for epoch in range(step // loader.steps, args.epochs):
-        batches = loader.epoch(epoch, start=step % loader.steps)
-        for step in range(step + 1, min((epoch + 1) * loader.steps, log.last) + 1):
-            lr = peak * cosine(step - 1, total, warmup)
+    for epoch in run.epochs():
+        for step, batches in run.steps(epoch):
+            lr = peak * cosine(step, run.total, run.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            loss = 0.0
-            for _ in range(args.accum):
-                batch = next(batches)
-                if step == 1:
-                    save_views(f"{args.out}/views.png", batch)
+            for batch in batches:
                 x1, x2 = batch.views()
-                with amp:
-                    p1, p2, z1, z2 = net(x1, x2)
-                part = byol_loss(full(p1), full(p2), full(z1), full(z2)) / args.accum  # BYOL
-                scaler.scale(part).backward()
-                loss = loss + part.detach()
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            model.update_target(target_decay(step - 1, total, args.tau))  # BYOL
-
-            if log.due(step):
-                log.log(step, step / loader.steps, mean(loss).item(), lr, std=mean(output_std(z1)).item())
-                stop = log.stop.requested(device)
-                if stop or step == log.last or time.monotonic() - saved > 60 * args.save_every:
-                    save()
-                    saved = time.monotonic()
-                if stop:
-                    log.end(step)
-        whole = step == (epoch + 1) * loader.steps  # not cut short by --max-steps
-        if args.knn_every and whole and ((epoch + 1) % args.knn_every == 0 or epoch + 1 == args.epochs):
-            log.note(step, **knn())
-        if step >= log.last:
-            break
-    log.close()
-    finish()
+                p1, p2, z1, z2 = net(x1, x2)
+                run.backward(byol_loss(p1, p2, z1, z2))  # BYOL
+            run.update(optimizer)
+            model.update_target(target_momentum(step, run.total, args.tau))  # BYOL: after the step (section 3.3)
+            run.log(lr, std=output_std(z1))
 
 
 if __name__ == "__main__":

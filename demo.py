@@ -1,5 +1,5 @@
-"""Three minutes on a laptop: pre-trains SimCLR on scikit-learn's 1,797 handwritten digits without using a label, then
-shows what the features know: a table (raw pixels, random initialisation, trained) and a picture.
+"""Three minutes on a laptop: pre-trains SimCLR on scikit-learn's 1,797 handwritten digits without their labels, then
+compares the features with raw pixels and with those of a random network, in a table and a picture.
 
     python demo.py            # or: make demo
 
@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 import simclr
+from common.args import Parser, at_least
 from common.augment import EvalView
 from common.checkpoint import load_backbone
-from common.data import Loader, build
-from common.distributed import print0
-from common.knn import extract, knn
-from common.log import Parser
-from eval_knn import Pixels
+from common.datasets import open_dataset
+from common.features import extract
+from common.knn import knn, nearest
+from common.loader import Loader
+from eval_knn import Pixels, pixel_view
 
 OUT = Path("runs/demo")
 SIZE = 16
@@ -33,9 +34,8 @@ TRAIN += f" --log-every 55 --knn-every 30 --out {OUT}"
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument(
-        "--epochs", type=int, default=60, help="of pre-training; 60 take about two minutes on two cores"
-    )
+    text = "of pre-training; 60 take about two minutes on two cores"
+    parser.add_argument("--epochs", type=at_least(3), default=60, help=text)
     return parser.parse_args(argv)
 
 
@@ -72,7 +72,7 @@ def picture(path, views, test, neighbours, test_labels, train_labels):
     height = top + head + len(test) * step + margin
     canvas = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(canvas)
-    draw.text((margin, margin), "What the network is told to find alike: two views of each digit", "black", font)
+    draw.text((margin, margin), "What the network learns to find alike: two views of each digit", "black", font)
     for row, view in enumerate(views):
         for column, x in enumerate(view[: (width - 2 * margin) // step]):
             canvas.paste(image(x), (margin + column * step, margin + head + row * step))
@@ -98,12 +98,14 @@ def main(args):
     simclr.main(simclr.parse_args([*TRAIN.split(), "--epochs", str(args.epochs), "--no-resume"]))
 
     view = EvalView(SIZE, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    train, test = build("digits", "train"), build("digits", "val")
+    train, test = open_dataset("digits", "train"), open_dataset("digits", "val")
     trained, _ = load_backbone(OUT / "backbone.pt")
     random, _ = load_backbone("random", "resnet18", 0.25, SIZE)
     table, features = {}, {}
-    for name, network in (("raw pixels", Pixels(SIZE)), ("random initialisation", random), ("trained", trained)):
-        (bank, labels), (queries, targets) = (extract(network, d, view, "cpu", workers=2) for d in (train, test))
+    networks = {"raw pixels": Pixels(SIZE), "random initialisation": random, "trained": trained}
+    for name, network in networks.items():
+        seen = pixel_view(SIZE) if name == "raw pixels" else view
+        (bank, labels), (queries, targets) = (extract(network, d, seen, "cpu", workers=2) for d in (train, test))
         features[name] = bank, queries
         table[name] = {
             "k-NN (k=20)": knn(bank, labels, queries, targets)[20][0],
@@ -112,23 +114,22 @@ def main(args):
         }
 
     shown = torch.tensor([int((targets == digit).nonzero()[1]) for digit in range(10)])
-    pixels = features["raw pixels"][0].view(-1, 3, SIZE, SIZE)
+    images = [extract(Pixels(SIZE), d, view, "cpu", workers=2)[0].view(-1, 3, SIZE, SIZE) for d in (train, test)]
     neighbours = {}
     for name in list(features)[1:]:
-        bank, queries = (F.normalize(f, dim=1) for f in features[name])
-        indices = (queries[shown] @ bank.T).topk(9).indices
-        neighbours[name] = pixels[indices], indices
+        bank, queries = features[name]
+        _, indices = nearest(queries[shown], bank, 9)
+        neighbours[name] = images[0][indices], indices
     loader = Loader(train, simclr.augmentation(SIZE, 0.3, 0.0, 0.5), 20, workers=0)
     views = next(loader.epoch(0)).views()
-    test_pixels = features["raw pixels"][1].view(-1, 3, SIZE, SIZE)[shown]
-    picture(OUT / "demo.png", views, test_pixels, neighbours, targets[shown], labels)
+    picture(OUT / "demo.png", views, images[1][shown], neighbours, targets[shown], labels)
 
     (OUT / "table.json").write_text(json.dumps(table, indent=1) + "\n")
     columns = list(next(iter(table.values())))
-    print0(f"\n{'accuracy on 359 test digits, %':<32}" + "".join(f"{c:>20}" for c in columns))
+    print(f"\n{'accuracy on 359 test digits, %':<32}" + "".join(f"{c:>20}" for c in columns))
     for name, row in table.items():
-        print0(f"{name:<32}" + "".join(f"{row[c]:>20.1f}" for c in columns))
-    print0(f"\npicture: {OUT / 'demo.png'}")
+        print(f"{name:<32}" + "".join(f"{row[c]:>20.1f}" for c in columns))
+    print(f"\npicture: {OUT / 'demo.png'}")
     return table
 
 

@@ -2,27 +2,38 @@
 
 The backbone stays in eval mode and bit for bit what it was (checked; an error if not). Every image is decoded once per
 epoch, its features are computed once per distinct augmentation, and every protocol trains its own classifier on them,
-with its own batch size, optimiser, schedule and length. A classifier does not notice that others are trained beside it.
+with its own batch size, optimiser, schedule and length. A classifier gets the same bits alone and beside others.
 
     torchrun --nproc_per_node=8 eval_linear.py --pretrained runs/moco/backbone.pt --data /imagenet
     python eval_linear.py --pretrained runs/moco/backbone.pt --data /imagenet --protocol moco,simsiam,swav,multihead
     python eval_linear.py --pretrained runs/moco/backbone.pt --data /imagenet --protocol moco,swav --lr 0.1,0.3,1,30
-    python eval_linear.py --pretrained random --arch resnet18 --width 0.25 --data digits --epochs 5 --batch-size 32
+    python eval_linear.py --pretrained random --arch resnet18 --width 0.25 --data digits
 
---protocol: the table below, from the official code and, for multihead, MMSelfSup 0.11; auto takes the one of the method
-in the file. --lr: per 256 images; what the optimiser gets is lr x batch / 256, so that at batch 256 it is the total
-itself (moco 30). Several protocols and rates are all combined. --epochs and --batch-size replace those of every
-protocol; drops of the learning rate and warm-up keep their share of the epochs.
+--protocol: the table below, from the official code and, for multihead, MMSelfSup 0.11, or small. auto takes small below
+100,000 training images, else the protocol of the method in the file; where the file does not tell the method, a guess,
+and says so. byol: the rate of its code; the paper takes the best of --lr 0.05,0.1,0.2,0.3,0.4. --lr: per 256 images;
+what the optimiser gets is lr x batch / 256, so that at batch 256 it is the total itself (moco 30). Several protocols
+and rates are all combined. --epochs and --batch-size replace those of every protocol; drops of the learning rate and
+warm-up keep their share of the epochs.
 
-Views: random resized crop of 0.08 to 1 of the area and flip, then shorter side to 256 and central 224 pixels for the
-test; bicubic where the table says so; multihead adds colour jitter (0.4, 0.4, 0.4, 0) and AlexNet's lighting (0.1).
+small: ours, for sets on which the others, made for 90 epochs of ImageNet, end after too few steps or diverge. Pooled
+features are computed once, without augmentation, and standardised by mean and deviation over the training images, like
+batch norm without scale and shift, so that rates do not depend on their scale. Classifiers start from zero: SGD with
+momentum 0.9, batch 256 or all images, a cosine per step, at least 20 epochs and 2,000 steps. The rate is the best of
+eight for a tenth of the training images, held out and spread over the classes; with it, a classifier is trained on all
+of them. The test images decide nothing. Its figures compare networks with each other, not with published ones.
+
+Views: random resized crop of 0.08 to 1 of the area and flip; for the test, shorter side to 256 and central 224 pixels,
+or sizes in this ratio (at most 64 pixels: no margin); bicubic where the table says so, and in small for ViTs. multihead
+adds colour jitter (0.4, 0.4, 0.4, 0) and AlexNet's lighting (0.1).
 multihead: five classifiers on five stages, each pooled to about 9,000 numbers and batch-normalised without scale and
 shift. Maps of ResNet-50 at 224 pixels get the windows of Goyal et al. (2019), all others adaptive pooling to the side
 floor(sqrt(9216 / channels)), at most that of the map, which gives ResNet-50 the same sizes.
 
-Batches: the loader delivers 256 images (over all processes), and a classifier with larger batches adds up gradients.
-This is exact, but for batch norm (mae, multihead), which always normalises with the statistics of the 256; MAE's code
-uses those of the 512 on one GPU. The incomplete batch at the end of an epoch is dropped.
+Batches: the loader delivers 256 images (over all processes), which is one step of --max-steps and --log-every, and a
+classifier with larger batches adds up gradients. This is exact, but for batch norm (mae, multihead), which always
+normalises with the statistics of the 256; MAE's code uses those of the 512 on one GPU. The incomplete batch at the end
+of an epoch is dropped.
 
 Results: top-1 and top-5 of the test set after the last and at the best epoch. The best one is chosen on the images it
 is reported for, as is usual; the last is not. Of multihead, the last is the usual figure.
@@ -30,42 +41,37 @@ Other data: Places205 (lists, "path label") with --epochs 28 --drops 7,14,21; iN
 --train-list and --val-list) with --epochs 84 --drops 24,48,72; both with --protocol multihead.
 --cached extracts features once, without augmentation, and trains on them: minutes instead of hours, not the protocol.
 
-Deviations: normalisation is the backbone's (SwAV's linear code has 0.228 for 0.229); MAE's crop is one attempt clipped
-to the image, ours tries ten times, as torchvision; DINO's ViT-L and larger, which it does not have, are read as ViT-B.
+Deviations: normalisation is the backbone's (SwAV's linear code has 0.228 for 0.229); the crop of MAE and BYOL is one
+attempt clipped to the image, ours tries ten times, as torchvision; SimCLR and BYOL resize as TensorFlow does, without
+antialiasing; DINO's ViT-L and larger, which it does not have, are read as ViT-B.
 """
 
+import argparse
 import dataclasses
 import hashlib
 import math
 import re
 import sys
 import time
-from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
-from common.augment import EvalView, View, without_colours
-from common.checkpoint import load, load_backbone, save
-from common.data import Loader, default_size, eval_batches, labelled
-from common.distributed import (
-    all_reduce,
-    any_process,
-    barrier,
-    finish,
-    gather_uneven,
-    init,
-    is_main,
-    mean,
-    print0,
-    rank,
-    sync_batch_norm,
-    world_size,
-)
-from common.log import Parser, Stop, check_args, fail, report
-from common.optim import LARS, cosine, full, param_groups, precision
+from common import rng
+from common.args import Parser, fail, positive, toggle
+from common.augment import EvalView, View
+from common.batchnorm import sync_batch_norm
+from common.checkpoint import load_file, load_pretrained, save_file
+from common.datasets import open_labelled
+from common.distributed import all_reduce, any_process, gather_uneven, print0, process_mean, rank, world_size
+from common.features import broken_rows, extract, pool_stage, usual_interpolation
+from common.files import make_folder, result_folder
+from common.loader import Loader, eval_batches
+from common.log import Stop, bar, facts, report
+from common.optim import LARS, cosine, param_groups, precision, upcast
+from common.run import start_device
 
 MICRO = 256  # images that the loader delivers at a time, of which every protocol's batch is a multiple
 
@@ -102,6 +108,8 @@ PROTOCOLS = {
     #                     batch epochs optimiser    lr/256  decay
     "moco":      Protocol(256,   100, "sgd",          30.0, 0.0, drops=(60, 80)),
     "simsiam":   Protocol(4096,   90, "lars-all",      0.1, 0.0),
+    "simclr":    Protocol(4096,   90, "nesterov",      0.1, 0.0, per_step=True, train="bicubic", test="bicubic"),
+    "byol":      Protocol(1024,   80, "nesterov",      0.2, 0.0, per_step=True, train="bicubic", test="bicubic"),
     "swav":      Protocol(256,   100, "sgd",           0.3, 1e-6),
     "barlow":    Protocol(256,   100, "sgd",           0.3, 1e-6),
     "mocov3":    Protocol(1024,   90, "sgd",           3.0, 0.0, feature="cls"),
@@ -112,20 +120,34 @@ PROTOCOLS = {
                           colour=True),
 }
 AUTO = {
-    "moco": "moco", "simsiam": "simsiam", "simclr": "simsiam", "byol": "simsiam", "swav": "swav", "mae": "mae",
-    "barlowtwins": "barlow", "mocov3": "mocov3", "dino": "dino",
-    "npid": "multihead", "deepcluster": "multihead", "odc": "multihead", "featuretransformation": "moco",
+    "moco": "moco", "featuretransformation": "moco", "densecl": "moco", "interclr": "moco",
+    "simsiam": "simsiam", "simclr": "simclr", "byol": "byol", "swav": "swav", "barlowtwins": "barlow",
+    "vicreg": "barlow", "mocov3": "mocov3", "mae": "mae", "dino": "dino",
+    "npid": "multihead", "deepcluster": "multihead", "odc": "multihead", "rotationpred": "multihead",
+    "relativeloc": "multihead",
 }
-# (channels, side) of a stage of ResNet-50 at 224 pixels: kernel, stride and padding of its average pooling
-WINDOWS = {(64, 112): (10, 10, 4), (256, 56): (16, 8, 0), (512, 28): (13, 5, 0), (1024, 14): (8, 3, 0),
-           (2048, 7): (6, 1, 0)}
 # fmt: on
+SMALL = 100_000  # training images, below which auto takes the protocol for small sets
+RATES = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0]  # per 256 images, among which that protocol chooses
+EPOCHS, STEPS = 20, 2000  # its least numbers
 
 
 def auto(method, backbone):
-    """The protocol of a method, of whatever spelling ("MoCo v3", "Barlow Twins"); of an unknown one, moco or mocov3."""
-    known = re.sub("[^a-z0-9]", "", method.lower().split(",")[-1])
-    return AUTO.get(known, "moco" if hasattr(backbone, "stages") else "mocov3")
+    """(protocol, "" or why it is a guess) for a network by its method, of whatever spelling ("MoCo v3", "Barlow Twins",
+    "MMSelfSup, MoCo v3", "one of VICReg, SCAN"), and where that does not tell, by its positions."""
+    words = [re.sub("[^a-z0-9]", "", word) for word in re.split(r",|/|\bor\b|\bone of\b", method.lower())]
+    words = [word for word in words if word]
+    found = list(dict.fromkeys(AUTO[word] for word in words if word in AUTO))
+    vague = len(found) > 1 or ("one of" in method and any(word not in AUTO for word in words))
+    if found and not vague:
+        return found[0], ""
+    fixed = {"sincos-xy": "mae", "sincos-yx": "mocov3"}  # tables that these two do not learn
+    positions = getattr(backbone, "config", {}).get("positions")
+    if positions in fixed and method != "random":
+        return fixed[positions], ""
+    guess = found[0] if found else "swav" if hasattr(backbone, "stages") else "dino"
+    why = "a random network has none of its own" if method == "random" else f"method unknown ({method or 'no name'})"
+    return guess, f"{why}, protocol {guess} is a guess; --protocol names another"
 
 
 def adapt(name, backbone, epochs=0, batch=0, drops=()):
@@ -159,14 +181,6 @@ def schedule(protocol, step, steps):
 
 
 # --------------------------------------------------------------------------------------------------- features
-def pool_stage(x):
-    """A stage (B, C, H, W) averaged to about 9,000 numbers per image: (B, C, s, s)."""
-    channels, side = x.shape[1], x.shape[2]
-    if (channels, side) in WINDOWS:
-        return F.avg_pool2d(x, *WINDOWS[channels, side])
-    return F.adaptive_avg_pool2d(x, max(1, min(side, math.isqrt(9216 // channels))))
-
-
 @torch.no_grad()
 def features(backbone, x, kinds, amp):
     """{kind: list of tensors (B, ...)} of at least single precision, from one forward pass."""
@@ -175,20 +189,20 @@ def features(backbone, x, kinds, amp):
         if hasattr(backbone, "stages"):
             maps = backbone.stages(x)
             if "stages" in kinds:
-                found["stages"] = [full(pool_stage(m)) for m in maps]
+                found["stages"] = [upcast(pool_stage(m)) for m in maps]
             if "pool" in kinds:
-                found["pool"] = [full(maps[-1]).mean((2, 3))]
+                found["pool"] = [upcast(maps[-1]).mean((2, 3))]
             return found
         if "pool" in kinds:
-            found["pool"] = [full(backbone(x))]
+            found["pool"] = [upcast(backbone(x))]
         if kinds & {"cls", "blocks"}:
             several = backbone.dim < 768  # Caron et al. 2021: ViT-S, and smaller; else ViT-B
             tokens = backbone.last(x, 4 if several and "blocks" in kinds else 1)
-            tops = [full(t[:, 0]) for t in tokens]
+            tops = [upcast(t[:, 0]) for t in tokens]
             if "cls" in kinds:
                 found["cls"] = tops[-1:]
             if "blocks" in kinds:
-                patches = [] if several else [full(tokens[-1][:, 1:]).mean(1)]
+                patches = [] if several else [upcast(tokens[-1][:, 1:]).mean(1)]
                 found["blocks"] = [torch.cat([*tops, *patches], 1)]
     return found
 
@@ -222,30 +236,37 @@ class Live:
     def epoch(self, epoch, start, probes):
         """Yields ({(view, kind): features}, labels) of each micro-batch from number `start` on."""
         wanted = kinds_of_views(probes, 0)
-        if self.loader is None or self.loader.recipes != tuple(wanted):
-            self.loader = Loader(self.train, wanted, self.micro, seed=self.seed, **self.settings)
-            self.loader.streams = [0] * len(wanted)  # so that a view does not depend on the others beside it
+        if self.loader is None or self.loader.specs != tuple(wanted):
+            streams = [0] * len(wanted)  # so that a view does not depend on the others beside it
+            settings = {"seed": self.seed, "streams": streams, **self.settings}
+            self.loader = Loader(self.train, wanted, self.micro, **settings)
         for batch in self.loader.epoch(epoch, start):
             found = {}
             for (view, kinds), x in zip(wanted.items(), batch.views(), strict=True):
                 found |= self.features(view, x, kinds)
             yield found, batch.labels
 
+    def in_order(self, dataset, view, kinds):
+        """Yields the same of this process's share of a dataset, seen as a view without random numbers."""
+        for x, labels, _ in eval_batches(dataset, view, self.micro, **self.settings):
+            yield self.features(view, x, kinds), labels
+
     def test(self, probes):
         """Yields the same of this process's share of the test images, one view after the other."""
         for view, kinds in kinds_of_views(probes, 1).items():
-            for x, labels, _ in eval_batches(self.test_set, view, self.micro, **self.settings):
-                yield self.features(view, x, kinds), labels
+            yield from self.in_order(self.test_set, view, kinds)
 
 
 class Cached:
     """The same batches of features that were computed once, from the views of the test."""
 
     def __init__(self, live, probes):
-        self.steps, self.micro, wanted = live.steps, live.micro, kinds_of_views(probes, 1)
-        self.loader = Loader(live.train, wanted, live.micro, seed=live.seed, workers=0)  # for the order of its images
+        self.steps, self.micro, self.seed, wanted = live.steps, live.micro, live.seed, kinds_of_views(probes, 1)
         found, labels = self._extract(live, live.train, wanted)  # every process draws from all of them
         self.train = {key: [gather_uneven(f) for f in parts] for key, parts in found.items()}, gather_uneven(labels)
+        for features in (f for parts in self.train[0].values() for f in parts):
+            if broken := broken_rows(features.flatten(1), live.train, "training"):
+                fail(broken)
         self.test_set = self._extract(live, live.test_set, wanted)
         size = sum(f.numel() * f.element_size() for parts in self.train[0].values() for f in parts)
         print0(f"cached      {len(live.train):,} training images, {size / 2**30:.2f} GB of features in each process")
@@ -259,18 +280,17 @@ class Cached:
             none = {key: [f[:0] for f in parts] for key, parts in live.features(view, blank, kinds).items()}
             batches = [(none, torch.empty(0, dtype=torch.int64, device=blank.device))]  # a share may be empty
             total = -(-len(dataset) // live.micro // world_size())
-            for x, y, _ in bar(eval_batches(dataset, view, live.micro, **live.settings), "features", total):
-                batches.append((live.features(view, x, kinds), y))
+            batches += bar(live.in_order(dataset, view, kinds), "features", total)
             for key in none:
                 found[key] = [torch.cat(column) for column in zip(*(b[key] for b, _ in batches), strict=True)]
             labels = torch.cat([y for _, y in batches])
         return found, labels
 
     def epoch(self, epoch, start, probes):
-        order = torch.from_numpy(self.loader.order(epoch))
+        order = torch.from_numpy(rng.permutation(self.seed, epoch, len(self.train[1])))
         for step in range(start, self.steps):
-            first = step * self.loader.batch_size + rank() * self.loader.local
-            yield self._rows(self.train, order[first : first + self.loader.local])
+            part = order[step * self.micro : (step + 1) * self.micro]
+            yield self._rows(self.train, part.chunk(world_size())[rank()])
 
     def test(self, probes):
         for rows in torch.arange(len(self.test_set[1])).split(4096):
@@ -317,10 +337,8 @@ class Probe:
         self.name, self.protocol, self.lr, self.views = f"{name} lr {lr:g}", protocol, lr, views
         self.steps, self.accum, self.peak = images // protocol.batch, protocol.batch // micro, lr * protocol.batch / 256
         if not self.steps:
-            fail(
-                f"--protocol {name} has batches of {protocol.batch} images, the training set {images}: give a smaller"
-                f" --batch-size, such as {min(256, images)}"
-            )
+            small = "take --protocol small (a smaller --batch-size alone leaves the rate and too few steps)"
+            fail(f"--protocol {name} has batches of {protocol.batch} images, the training set has {images}: {small}")
         torch.manual_seed(seed)
         head = Head(shapes, classes, protocol.norm)
         self.head = sync_batch_norm(head.to(device, dtype))
@@ -333,7 +351,7 @@ class Probe:
         else:
             self.optimizer = torch.optim.SGD(self.parameters, nesterov=protocol.optimiser == "nesterov", **settings)
         self.labels = [self.name] if len(shapes) == 1 else [f"{self.name} feat{i + 1}" for i in range(len(shapes))]
-        self.chance = len(shapes) * math.log(classes)  # the loss of guessing
+        self.chance = math.log(classes)  # the loss of guessing
         self.results, self.loss = [], torch.zeros((), device=device)  # results: [epoch, [[top-1, top-5], ...]]
 
     def learn(self, found, labels, epoch, index):
@@ -347,7 +365,7 @@ class Probe:
         self.loss = loss.detach() / len(outputs)
         if part + 1 == self.accum:
             for p in self.parameters:
-                p.grad = mean(p.grad)
+                p.grad = process_mean(p.grad)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.peak * schedule(self.protocol, epoch * self.steps + step, self.steps)
             self.optimizer.step()
@@ -355,7 +373,7 @@ class Probe:
 
     def state(self):
         """All there is to continue from; a collective, since gradients of an unfinished batch differ by process."""
-        grads = [None if p.grad is None else mean(p.grad) for p in self.parameters]
+        grads = [None if p.grad is None else process_mean(p.grad) for p in self.parameters]
         state = {"head": self.head.state_dict(), "optimizer": self.optimizer.state_dict()}
         return state | {"grads": grads, "results": self.results}
 
@@ -367,80 +385,145 @@ class Probe:
             p.grad = None if grad is None else grad.to(p)
 
 
+def hits(output, labels):
+    """How many outputs (B, classes) are right, and how many have the label among the five largest: (2,)."""
+    score, best = output.topk(min(5, output.shape[1]), dim=1)
+    hit = (best == labels[:, None]) & score.isfinite()  # a classifier that diverged gets nothing right
+    return torch.stack([hit[:, 0].sum(), hit.any(1).sum()])
+
+
 @torch.no_grad()
 def evaluate(source, probes, images):
-    """{name of the probe: [[top-1, top-5] of each of its classifiers]} in percent of all test images."""
+    """{probe: [[top-1, top-5] of each of its classifiers]} in percent of all test images."""
     # a process may have no test image, so that every count needs its zero
-    counts = {p.name: torch.zeros(len(p.labels), 2, dtype=torch.int64, device=p.loss.device) for p in probes}
-    for probe in probes:
-        probe.head.eval()
+    counts = {p: torch.zeros(len(p.labels), 2, dtype=torch.int64, device=p.loss.device) for p in probes}
+    for p in probes:
+        p.head.eval()
     for found, labels in source.test(probes):
-        for probe in [p for p in probes if (p.views[1], p.protocol.feature) in found]:
-            for i, output in enumerate(probe.head(found[probe.views[1], probe.protocol.feature])):
-                score, best = output.topk(min(5, output.shape[1]), dim=1)
-                hit = (best == labels[:, None]) & score.isfinite()  # a classifier that diverged gets nothing right
-                counts[probe.name][i] += torch.stack([hit[:, 0].sum(), hit.any(1).sum()])
-    for probe in probes:
-        probe.head.train()
-    return {name: [[100 * n / images for n in pair] for pair in all_reduce(c).tolist()] for name, c in counts.items()}
+        for p in [p for p in probes if (p.views[1], p.protocol.feature) in found]:
+            for i, output in enumerate(p.head(found[p.views[1], p.protocol.feature])):
+                counts[p][i] += hits(output, labels)
+    for p in probes:
+        p.head.train()
+    return {p: [[100 * n / images for n in pair] for pair in all_reduce(c).tolist()] for p, c in counts.items()}
+
+
+# ------------------------------------------------------------------------------------------------- small sets
+def held_out(labels, seed):
+    """(N,) bool: a tenth of the samples, drawn evenly from the classes."""
+    order = np.lexsort((rng.uniforms(seed, 0, np.arange(len(labels)), rng.SCRIPT, 1)[:, 0], labels))
+    chosen = np.zeros(len(labels), bool)
+    chosen[order[len(order) % 10 // 2 :: 10]] = True
+    return chosen
+
+
+def standardize(x, *others):
+    """Features (N, D) with mean 0 and standard deviation 1, and others changed in the same way. What is the same for
+    all samples becomes 0."""
+    std, mean = torch.std_mean(x, 0, correction=0)
+    std = torch.where(std > 1e-6 * (mean.abs() + std.max()), std, math.inf)
+    return [(part - mean) / std for part in (x, *others)]
+
+
+def fit(x, labels, classes, rate, epochs, batch, seed=0):
+    """A linear classifier of features (N, D), trained from zero at a rate per 256 samples."""
+    head = nn.Linear(x.shape[1], classes, device=x.device, dtype=x.dtype)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    optimizer, batch, step = torch.optim.SGD(head.parameters(), rate, momentum=0.9), min(batch, len(x)), 0
+    steps = len(x) // batch
+    for epoch in bar(range(epochs), f"lr {rate:g}"):
+        order = torch.from_numpy(rng.permutation(seed, epoch, len(x))).to(x.device)
+        for rows in order[: steps * batch].split(batch):
+            optimizer.param_groups[0]["lr"] = rate * batch / 256 * cosine(step, epochs * steps)
+            F.cross_entropy(head(x[rows]), labels[rows]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+    return head
+
+
+def choose_rate(x, labels, classes, rates, epochs, batch, seed=0):
+    """The rate whose classifier, trained on nine tenths of the samples, is best on the others: (rate, {rate: top-1}).
+    Of equally good ones, that of the smallest loss."""
+    held = torch.from_numpy(held_out(labels.cpu().numpy(), seed)).to(x.device)
+    part, rest = standardize(x[~held], x[held])
+    top1, loss = {}, {}
+    for rate in rates:
+        head = fit(part, labels[~held], classes, rate, epochs, batch, seed)
+        with torch.no_grad():
+            output = head(rest)
+            top1[rate] = round(100 * hits(output, labels[held])[0].item() / len(rest), 3)
+            loss[rate] = F.cross_entropy(output, labels[held]).nan_to_num(math.inf).item()
+        print0(f"{f'small lr {rate:g}':<22}top-1 {top1[rate]:.2f}, loss {loss[rate]:.4f} of the held-out images")
+    return max(rates, key=lambda rate: (top1[rate], -loss[rate])), top1
+
+
+def evaluate_small(args, backbone, meta, data, test, classes, device, amp):
+    """The protocol for small sets: what `results` gives, of its one classifier. Every process does all of it but the
+    computation of features."""
+    how = {"interpolation": usual_interpolation(backbone), "mean": tuple(meta["mean"]), "std": tuple(meta["std"])}
+    view = EvalView(meta["image_size"], **how)
+    found = []
+    for dataset, which in ((data, "training"), (test, "test")):
+        found += extract(backbone, dataset, view, device, args.workers, MICRO, amp)
+        if broken := broken_rows(found[-2], dataset, which):
+            fail(f"--pretrained {args.pretrained}: {broken}")
+    (x, labels, queries, targets), n, rates = found, len(data), args.lr or RATES
+    batch = min(args.batch_size or MICRO, n)
+    epochs = args.epochs or max(EPOCHS, -(-STEPS // (n // batch)))
+    how = f"batch {batch}, {epochs} epochs x {n // batch} steps"
+    print0(f"small       standardised features of unaugmented images ({view.interpolation}), {how}")
+    rate, recipe = rates[0], {"protocol": "small"}
+    if len(rates) > 1:
+        if n < 10:
+            fail(f"--protocol small holds out a tenth of the training images to choose the rate, {n} are too few")
+        rate, top1 = choose_rate(x, labels, classes, rates, epochs, batch, args.seed)
+        print0(f"{f'small lr {rate:g}':<22}is the best, and is trained on all {n:,} training images")
+        if rate in (min(rates), max(rates)):
+            print0(f"note: lr {rate:g} is at the end of those tried; --lr takes others")
+        recipe["held_out_top1"] = {f"{r:g}": value for r, value in top1.items()}
+    x, queries = standardize(x, queries)
+    head = fit(x, labels, classes, rate, epochs, batch, args.seed)
+    with torch.no_grad():
+        top1, top5 = (round(100 * hit / len(test), 3) for hit in hits(head(queries), targets).tolist())
+    last = {"epoch": epochs, "top1": top1, "top5": top5}
+    recipe |= {"lr": rate, "total_lr": rate * batch / 256, "batch": batch, "epochs": epochs}
+    return {f"small lr {rate:g}": recipe | {"last": last, "best": last}}
 
 
 # -------------------------------------------------------------------------------------------------- arguments
-def parse_args(argv=None):
-    parser = Parser(__doc__)
-    group = parser.add_argument_group("what is evaluated")
-    group.add_argument("--pretrained", required=True, help="backbone.pt, last.pt, a published file, or random")
-    group.add_argument("--trust-pickle", action="store_true", help="allow --pretrained to run code while it is read")
-    group.add_argument("--data", required=True, help="folder with train/ and val/, or digits, cifar10[:DIR] ...")
-    group.add_argument("--train-list", help="training images: 'relative/path label' per line, or iNaturalist's .json")
-    group.add_argument("--val-list", help="test images, likewise")
-    group.add_argument("--arch", help="of a random initialisation (default: resnet50); a file tells it")
-    group.add_argument("--width", type=float, help="of a random initialisation (default: 1); a file tells it")
-    group.add_argument("--channels", type=int, help="of a random initialisation (default: 3); a file tells it")
-    group.add_argument("--image-size", type=int, help="default: that of the file, else what fits the data")
-    group = parser.add_argument_group("classifiers")
-    group.add_argument("--protocol", default="auto", help=f"auto, or some of {','.join(PROTOCOLS)}")
-    group.add_argument("--lr", default="", help="one or several, per 256 images (default: the protocol's)")
-    group.add_argument("--epochs", type=int, help="instead of the protocol's; drops and warm-up keep their share")
-    group.add_argument("--drops", default="", help="epochs that divide the rate by 10, where the protocol has such")
-    group.add_argument("--batch-size", type=int, help="instead of the protocol's, over all processes")
-    group.add_argument("--cached", action="store_true", help="train on features extracted once: not the protocol")
-    group = parser.add_argument_group("run")
-    group.add_argument("--out", help="folder of eval_linear.json (default: beside the checkpoint, or runs/random)")
-    group.add_argument("--resume", action="store_true", default=True, help="continue from linear_last.pt in --out")
-    group.add_argument("--no-resume", dest="resume", action="store_false", help="start again")
-    group.add_argument("--max-steps", type=int, default=0, help="stop after this many loader batches, and evaluate")
-    group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--workers", type=int, default=8, help="loading threads per process")
-    group.add_argument("--device", default="auto")
-    group.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16", "fp64"], default="auto")
-    group.add_argument("--log-every", type=int, default=50, help="loader batches")
-    group.add_argument("--save-every", type=float, default=10, help="minutes, and after every epoch")
-    group.add_argument("--val-every", type=int, default=1, help="epochs between evaluations")
-    args = parser.parse_args(argv)
-    unknown = [name for name in args.protocol.split(",") if name not in PROTOCOLS]
-    if unknown and args.protocol != "auto":
-        parser.error(f"--protocol {unknown[0]!r}: unknown, expected auto or some of {','.join(PROTOCOLS)}")
-    for flag, text in (("--lr", args.lr), ("--drops", args.drops)):
-        if not all(0 < value < math.inf for value in numbers(text)):
-            parser.error(f"{flag} {text!r}: expected numbers greater than 0 with commas between them, such as 0.1,0.3")
-    return args
+def protocols(text):
+    """A type of argparse: names with commas between them, or auto -> a list."""
+    names = list(dict.fromkeys(text.split(",")))
+    unknown = [name for name in names if name not in (*PROTOCOLS, "small")]
+    if unknown and text != "auto":
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is unknown: auto, or some of {','.join(PROTOCOLS)},small")
+    return names
 
 
 def numbers(text):
-    """'0.1,0.3' -> (0.1, 0.3), without repetitions; what is no number becomes 0."""
-    try:
-        return tuple(dict.fromkeys(float(part) for part in text.split(","))) if text else ()
-    except ValueError:
-        return (0.0,)
+    """A type of argparse: numbers with commas between them -> a list."""
+    return list(dict.fromkeys(map(positive(float), text.split(","))))
+
+
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    run = parser.add_pretrained()
+    group = parser.add_argument_group("classifiers")
+    text = f"auto (small below {SMALL:,} training images, else that of the method), or some of"
+    group.add_argument("--protocol", type=protocols, default="auto", help=f"{text} {','.join(PROTOCOLS)},small")
+    group.add_argument("--lr", type=numbers, help="one or several, per 256 images (default: the protocol's)")
+    group.add_argument("--epochs", type=positive(int), help="default: the protocol's; drops and warm-up are scaled")
+    group.add_argument("--drops", type=numbers, help="epochs that divide the rate by 10, where the protocol has such")
+    group.add_argument("--batch-size", type=positive(int), help="over all processes (default: the protocol's)")
+    group.add_argument("--cached", action=toggle, default=False, help="features computed once: not the protocol")
+    group.add_argument("--val-every", type=positive(int), default=1, help="epochs between evaluations")
+    parser.add_loop(run, log_every=50, network=False)
+    return parser.parse_args(argv)
 
 
 # --------------------------------------------------------------------------------------------------- training
-def bar(iterable=None, name="", total=None, initial=0):
-    hidden = not (is_main() and sys.stderr.isatty())
-    return tqdm(iterable, name, total, initial=initial, leave=False, dynamic_ncols=True, disable=hidden)
-
-
 def micro_batch(batches):
     """The largest number up to MICRO that divides all batches and that the processes can share."""
     common, w = math.gcd(*batches), world_size()
@@ -452,201 +535,210 @@ def micro_batch(batches):
 
 def make_probes(names, args, backbone, meta, classes, images, amp):
     """All combinations of protocols and learning rates, and the size of the micro-batches."""
-    protocols = {n: adapt(n, backbone, args.epochs, args.batch_size, numbers(args.drops)) for n in names}
-    micro, size = micro_batch([p.batch for p in protocols.values()]), meta["image_size"]
+    chosen = {n: adapt(n, backbone, args.epochs, args.batch_size, args.drops) for n in names}
+    micro, size = micro_batch([p.batch for p in chosen.values()]), meta["image_size"]
     blank = next(backbone.parameters()).new_zeros(1, meta["channels"], size, size)
-    found = features(backbone, blank, {p.feature for p in protocols.values()}, amp)
+    found = features(backbone, blank, {p.feature for p in chosen.values()}, amp)
+    if not all(f.isfinite().all() for parts in found.values() for f in parts):
+        cure = "its weights are damaged, or try --precision fp32"
+        fail(f"--pretrained {args.pretrained}: features are not finite: {cure}")
     statistics = {"mean": tuple(meta["mean"]), "std": tuple(meta["std"])}
     probes = []
-    for name, protocol in protocols.items():
+    for name, protocol in chosen.items():
         colour = {"jitter": (0.4, 0.4, 0.4, 0.0), "jitter_p": 1.0, "lighting": 0.1} if protocol.colour else {}
         test = EvalView(size, interpolation=protocol.test, **statistics)
         train = test if args.cached else View(size, interpolation=protocol.train, **colour, **statistics)
-        train = train if args.cached or meta["channels"] == 3 else without_colours(train)
+        train = train if args.cached or meta["channels"] == 3 else train.without_colours()
         shapes = [f.shape[1:] for f in found[protocol.feature]]
-        for lr in numbers(args.lr) or (protocol.lr,):
+        for lr in args.lr or [protocol.lr]:
             more = {"seed": args.seed, "device": blank.device, "dtype": blank.dtype}
             probes.append(Probe(name, protocol, lr, (train, test), shapes, classes, images, micro, **more))
     return probes, micro
 
 
 class State:
-    """What a run that died needs to continue, in `<out>/linear_last.pt`. facts: what has to agree, by name."""
+    """What a run needs to continue, in `<out>/linear_last.pt`. facts: what has to agree, by name."""
 
-    def __init__(self, path, probes, epochs, facts):
-        self.path, self.probes, self.epochs, self.facts = path, probes, epochs, facts
+    def __init__(self, path, probes, facts):
+        self.path, self.probes, self.facts = path, probes, facts
 
-    def save(self, epoch, index):
+    def save(self, step, complete=False):
         states = {p.name: p.state() for p in self.probes}
-        save(self.path, {"epoch": epoch, "index": index, "epochs": self.epochs, "facts": self.facts, "probes": states})
+        save_file(self.path, {"step": step, "complete": complete, "facts": self.facts, "probes": states})
 
     def load(self):
-        """(epoch, micro-batch) to go on with. A complete run with other facts counts as none, an incomplete one ends
-        the program with the list of differences."""
+        """The step to go on with. A complete run with other facts counts as none, an incomplete one ends the program
+        with the list of differences."""
         if not self.path.exists():
-            return 0, 0
-        state = load(self.path, "--out")
-        if not {"epoch", "index", "epochs", "facts", "probes"} <= state.keys():
+            return 0
+        state = load_file(self.path, "--out")
+        if not {"step", "complete", "facts", "probes"} <= state.keys():
             fail(f"{self.path} is not the state of a linear evaluation: choose another --out, or --no-resume")
         known = state["facts"]
         differences = [f"{k} was {known.get(k)}, is {v}" for k, v in self.facts.items() if known.get(k) != v]
-        if differences and state["epoch"] == state["epochs"]:
-            return 0, 0
+        if differences and state["complete"]:
+            return 0
         if differences:
             remedy = "choose another --out, or --no-resume to overwrite it"
             fail(f"{self.path} is an unfinished run of something else ({'; '.join(differences)}): {remedy}")
         for probe in self.probes:
             probe.load_state(state["probes"][probe.name])
-        print0(f"resuming    {self.path}, {state['epoch']} of {self.epochs} epochs and {state['index']} batches")
-        return state["epoch"], state["index"]
+        print0(f"resuming    {self.path}, step {state['step']}")
+        return state["step"]
 
 
 def train(args, probes, source, state, images, check, device):
     """Trains and evaluates everything. images: in the test set. check: called after the first epoch. Returns whether
-    the run is complete, as it is unless --max-steps cut it short."""
-    stop, saved, warned, epochs = Stop(), time.monotonic(), set(), state.epochs
-    epoch, index = state.load() if args.resume else (0, 0)
-    last = min(epochs * source.steps, args.max_steps or math.inf)
+    the run is complete, as it is unless --max-steps cuts it short. A step is one micro-batch of the loader."""
+    stop, saved, warned, epochs = Stop(), time.monotonic(), set(), max(p.protocol.epochs for p in probes)
+    step, total = state.load() if args.resume else 0, epochs * source.steps
+    last = min(total, args.max_steps or total)
 
-    def test(tested, epoch):
+    def test(tested, now):
+        """Of the probes, those without a result of epoch `now`."""
+        tested = [p for p in tested if not p.results or p.results[-1][0] < round(now, 4)]
         if tested:
-            for name, scores in evaluate(source, tested, images).items():
-                next(p for p in tested if p.name == name).results.append([round(epoch, 4), scores])
+            for p, scores in evaluate(source, tested, images).items():
+                p.results.append([round(now, 4), scores])
             line = (f"{p.name} {'/'.join(f'{top1:.2f}' for top1, _ in p.results[-1][1])}" for p in tested)
-            print0(f"epoch {epoch:.4g}/{epochs}  top-1 {'  '.join(line)}")
+            print0(f"epoch {now:.4g}/{epochs}  top-1 {'  '.join(line)}")
 
-    def leave(epoch, index):
-        state.save(epoch, index)
-        print0(f"stopped in epoch {epoch + 1}, all saved in {state.path}: run the same command again to continue")
-        finish()
-        raise SystemExit(Stop.CODE)
+    def warn(probe, loss, over):
+        """Once per probe: of a loss that is not finite, or in the end not below twice that of guessing."""
+        if probe.name not in warned and not (math.isfinite(loss) and (loss < 2 * probe.chance or not over)):
+            warned.add(probe.name)
+            text = f"the loss of {probe.name} is {loss:.4g}, that of chance {probe.chance:.4g}: lower --lr"
+            text += ", or let --protocol small choose it"
+            print0(f"warning: {text}", file=sys.stderr)
 
-    while epoch * source.steps + index < last:
-        active = [p for p in probes if epoch < p.protocol.epochs]
-        progress = bar(None, f"epoch {epoch + 1}/{epochs}", source.steps, index)
-        clock, logged, end = time.perf_counter(), index, min(source.steps, last - epoch * source.steps)
+    while True:
+        epoch, index = divmod(step, source.steps)
+        if step and not index:
+            done = [p for p in probes if epoch <= p.protocol.epochs]
+            test([p for p in done if epoch % args.val_every == 0 or epoch == p.protocol.epochs], epoch)
+            if epoch == 1:
+                check()
+        if step >= last:
+            break
+        active, end = [p for p in probes if epoch < p.protocol.epochs], min(step - index + source.steps, last)
+        progress = bar(None, f"epoch {epoch + 1}/{epochs}", source.steps, initial=index)
+        clock, logged = time.perf_counter(), step
         for found, labels in source.epoch(epoch, index, active):
-            for probe in active:
-                probe.learn(found, labels, epoch, index)
-            index += 1
-            if index % args.log_every == 0 or index == end or (stop.flag and world_size() == 1):
-                losses = {p.name: mean(p.loss).item() for p in active}
-                speed = (index - logged) * source.micro / max(time.perf_counter() - clock, 1e-9)
-                text = "  ".join([*(f"{name} {loss:.4f}" for name, loss in losses.items()), f"img/s {speed:.0f}"])
+            for p in active:
+                p.learn(found, labels, epoch, index)
+            step, index = step + 1, index + 1
+            if index % args.log_every == 0 or step == end or (stop.flag and world_size() == 1):
+                losses = {p: process_mean(p.loss).item() for p in active}
+                speed = (step - logged) * source.micro / max(time.perf_counter() - clock, 1e-9)
+                text = "  ".join([*(f"{p.name} {loss:.4f}" for p, loss in losses.items()), f"img/s {speed:.0f}"])
                 progress.set_postfix_str(text, refresh=False)
                 progress.update(index - progress.n)
                 if progress.disable:
                     print0(f"epoch {epoch + 1}/{epochs}  batch {index}/{source.steps}  loss {text}")
-                for p in active:
-                    loss, over = losses[p.name], epoch + 1 == p.protocol.epochs and index == end
-                    if p.name not in warned and not (math.isfinite(loss) and (loss < 2 * p.chance or not over)):
-                        warned.add(p.name)
-                        text = f"the loss of {p.name} is {loss:.4g}, that of chance {p.chance:.4g}: lower --lr"
-                        print0(f"warning: {text}", file=sys.stderr)
-                if stop.requested(device):
-                    progress.close()
-                    leave(epoch, index)
+                for p, loss in losses.items():
+                    warn(p, loss, over=epoch + 1 == p.protocol.epochs and step == end)
+                if step == end or stop.requested(device):
+                    break
                 if any_process(time.monotonic() - saved > 60 * args.save_every, device):
-                    state.save(epoch, index)
+                    state.save(step)
                     saved = time.monotonic()
-                clock, logged = time.perf_counter(), index
-            if index == end:
-                break
+                clock, logged = time.perf_counter(), step
         progress.close()
-        state.save(epoch, index)  # a run that is killed during the evaluation repeats only that
-        if index < source.steps:
-            break
-        epoch, index = epoch + 1, 0
-        test([p for p in active if epoch % args.val_every == 0 or epoch == p.protocol.epochs], epoch)
-        if epoch == 1:
-            check()
-        if epoch < epochs and stop.requested(device):
-            leave(epoch, index)
-    if epoch == epochs:
-        state.save(epoch, index)
-    else:  # cut short: what was saved goes on from here, and does not know of this evaluation
-        now = epoch + index / source.steps
-        test(
-            [p for p in probes if now < p.protocol.epochs and (not p.results or p.results[-1][0] < round(now, 4))], now
-        )
-    return epoch == epochs
+        state.save(step)  # a run that is killed during the evaluation repeats only that
+        if stop.requested(device):
+            stop.end(step, state.path)
+    if step == total:
+        state.save(step, complete=True)
+    else:  # cut short: what was saved goes on from here, without this evaluation
+        test([p for p in probes if step < p.protocol.epochs * source.steps], step / source.steps)
+    return step == total
 
 
-def summary(probes):
-    """Prints the table. Returns {classifier: its recipe, last and best result} and the best classifier."""
+def results(probes):
+    """{classifier: its recipe, last and best result}"""
     heads = {}
-    print0(f"\n{'':<28}{'last: top-1':>12}{'top-5':>8}{'best: top-1':>14}{'top-5':>8}{'epoch':>7}")
     for p in probes:
         recipe = {"protocol": p.name.split()[0], "lr": p.lr, "total_lr": p.peak}
         recipe |= {"batch": p.protocol.batch, "epochs": p.protocol.epochs}
         for i, label in enumerate(p.labels):
             rows = [{"epoch": e, "top1": round(s[i][0], 3), "top5": round(s[i][1], 3)} for e, s in p.results]
-            last, best = rows[-1], max(rows, key=lambda row: row["top1"])
-            print0(
-                f"{label:<28}{last['top1']:>12.2f}{last['top5']:>8.2f}"
-                f"{best['top1']:>14.2f}{best['top5']:>8.2f}{best['epoch']:>7g}"
-            )
-            heads[label] = recipe | {"last": last, "best": best}
+            heads[label] = recipe | {"last": rows[-1], "best": max(rows, key=lambda row: row["top1"])}
+    return heads
+
+
+def summary(heads):
+    """Prints the table of all classifiers. Returns them and the best one."""
+    print0(f"\n{'':<28}{'last: top-1':>12}{'top-5':>8}{'best: top-1':>14}{'top-5':>8}{'epoch':>7}")
+    for label, row in heads.items():
+        last, best = row["last"], row["best"]
+        print0(
+            f"{label:<28}{last['top1']:>12.2f}{last['top5']:>8.2f}"
+            f"{best['top1']:>14.2f}{best['top5']:>8.2f}{best['epoch']:>7g}"
+        )
     name = max(heads, key=lambda label: heads[label]["best"]["top1"])
     best = {"head": name, **heads[name]["best"]}
     print0(f"best        {name}: top-1 {best['top1']:.2f}, top-5 {best['top5']:.2f} at epoch {best['epoch']:g}\n")
     return {"heads": heads, "best": best}
 
 
-def main(args):
-    device = init(args.device)
-    check_args(args)
-    size = args.image_size or (default_size(args.data) if args.pretrained == "random" else None)
-    rest = (size, args.seed, args.trust_pickle, args.channels)
-    backbone, meta = load_backbone(args.pretrained, args.arch, args.width, *rest)
-    size = meta["image_size"]
-    if size % getattr(backbone, "patch_size", 1):
-        fail(f"--image-size {size} is not a multiple of the patch size {backbone.patch_size}")
-    amp, _, dtype = precision(args.precision, device)
-    backbone = backbone.to(device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
-    before = fingerprint(backbone)
-
-    data, test = labelled(args.data, args.train_list, args.val_list, meta["channels"])
-    classes = int(max(data.labels)) + 1
-    names = list(dict.fromkeys(args.protocol.split(",")))
-    if names == ["auto"]:
-        names = [auto(meta["method"], backbone)]
+def evaluate_protocols(names, before, args, backbone, meta, data, test, classes, device, amp):
+    """The protocols of the table, in one pass: ({classifier: its recipe, last and best result}, is it complete?).
+    before: the fingerprint of the backbone."""
     probes, micro = make_probes(names, args, backbone, meta, classes, len(data), amp)
-    print0(f"data        {args.data}: {len(data):,} training, {len(test):,} test images, {classes} classes, {size} px")
     print0(f"batches     {world_size()} processes x {micro // world_size()} images, summed up to those below")
     for p in probes:
         recipe = f"{p.protocol.optimiser}, decay {p.protocol.weight_decay:g}, {p.protocol.feature}, {p.protocol.epochs}"
         print0(f"{p.name:<22}x {p.protocol.batch}/256 = {p.peak:.4g}, {recipe} epochs x {p.steps} steps")
     for p in probes:  # a step of LARS changes the weights by the rate x trust of their length; on ImageNet 45 in all
-        if p.protocol.optimiser.startswith("lars") and p.steps * p.protocol.epochs * p.peak * 0.001 < 2:
-            print0(
-                f"note: {p.name} hardly moves in {p.steps * p.protocol.epochs} steps; for small sets --protocol swav"
-            )
+        steps = p.steps * p.protocol.epochs
+        if p.protocol.optimiser.startswith("lars") and steps * p.peak * 0.001 < 2:
+            print0(f"note: {p.name} hardly moves in {steps} steps; for small sets --protocol small")
+    dtype = next(backbone.parameters()).dtype
     source = Live(backbone, data, test, micro, amp, dtype, args.seed, device, args.workers)
     if args.cached:
         print0("note: --cached trains on features of unaugmented images, which is not the protocol")
         source = Cached(source, probes)
 
-    random = str(args.pretrained) == "random"
-    out = Path(args.out or ("runs/random" if random else Path(args.pretrained).parent))
-    out.mkdir(parents=True, exist_ok=True)
-    barrier()
-    facts = {"--protocol": ",".join(names), "--lr": args.lr, "--epochs": args.epochs, "--drops": args.drops}
-    facts |= {"--batch-size": args.batch_size, "--cached": args.cached, "--val-every": args.val_every}
-    facts |= {"--image-size": size, "--seed": args.seed, "the backbone": before[:12]}
-    facts |= {"training images": len(data), "test images": len(test), "the loader's batch": micro}
-    state = State(out / "linear_last.pt", probes, max(p.protocol.epochs for p in probes), facts)
+    known = {k: getattr(args, k) for k in "lr epochs drops batch_size cached val_every seed".split()}
+    known |= {"protocol": names, "image_size": meta["image_size"]}
+    known = {k: ",".join(map(str, v)) if isinstance(v, list) else v for k, v in known.items()}
+    known = {f"--{k.replace('_', '-')}": v for k, v in known.items()}
+    known |= {"the backbone": before[:12], "training images": len(data), "test images": len(test), "the batch": micro}
+    state = State(make_folder(result_folder(args.pretrained, args.out)) / "linear_last.pt", probes, known)
     complete = train(args, probes, source, state, len(test), lambda: check_frozen(backbone, before), device)
+    return results(probes), complete
+
+
+def main(args):
+    device = start_device(args)
+    backbone, meta = load_pretrained(args)
+    amp, _, dtype = precision(args.precision, device)
+    backbone = backbone.to(device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+    before, size, names, guess = fingerprint(backbone), meta["image_size"], args.protocol, ""
+
+    data, test = open_labelled(args.data, args.train_list, args.val_list, meta["channels"])
+    classes = int(max(data.labels)) + 1
+    print0(f"data        {args.data}: {len(data):,} training, {len(test):,} test images, {classes} classes, {size} px")
+    if names == ["auto"]:
+        own, guess = auto(meta["method"], backbone)
+        if len(data) < SMALL:
+            others = "--protocol takes others" if guess else f"that of the method: --protocol {own}"
+            names, guess, why = ["small"], "", f"fewer than {SMALL:,} training images; {others}"
+        else:
+            names, why = [own], guess or f"that of {meta['method']}"
+        print0(f"protocol    {names[0]}: {why}")
+
+    heads, complete, common = {}, True, (args, backbone, meta, data, test, classes, device, amp)
+    if papers := [name for name in names if name != "small"]:
+        heads, complete = evaluate_protocols(papers, before, *common)
+    if "small" in names:
+        heads |= evaluate_small(*common)
 
     check_frozen(backbone, before)
-    result = {"pretrained": str(args.pretrained), "data": args.data, "image_size": size, "classes": classes}
-    result |= {k: meta[k] for k in ("method", "arch", "width")}
-    result |= {"train": len(data), "test": len(test), "seed": args.seed, "complete": complete, "cached": args.cached}
-    result |= {"note": "features of unaugmented images: not the protocol"} if args.cached else {}
-    result |= summary(probes)
-    report(args, "linear", result)
-    finish()
-    return result
+    cached = "features of unaugmented images: not the protocol" if args.cached and papers else ""
+    result = facts(args, meta, data, test, cached, guess) | {"classes": classes, "seed": args.seed}
+    result |= {"complete": complete, "cached": args.cached} | summary(heads)
+    return report(args, "linear", result)
 
 
 if __name__ == "__main__":

@@ -8,14 +8,17 @@ One LinearSVC per class on the five stages of the network, averaged to about 9,0
     python eval_svm.py --pretrained random --data /VOCdevkit --features feat2 --no-low-shot
 
 Full: the cost of each class is that of the best average precision of a 3-fold cross-validation on trainval (stratified,
-not shuffled); an SVM with it is trained on all of trainval and scored on test by the area under the monotone envelope
-of precision at all recalls, which is neither VOC's 11-point figure nor scikit-learn's. mAP is the mean over classes.
-Reported are every level, the best one on the test set (as published) and the one that cross-validation prefers.
+not shuffled). An SVM with this cost is trained on all of trainval and scored on test by the area under the monotone
+envelope of precision at all recalls, which is neither VOC's 11-point figure nor scikit-learn's. mAP is the mean over
+classes. Reported are all levels, the best one on the test set (as published) and the one that cross-validation prefers.
 
-Low-shot: k positives and 19 k negatives per class, five draws, on the level that cross-validation prefers (on all of
---features with --no-full). Two figures for each k: with the cost of best mean test mAP over the draws, which is the
-published way and looks at the test set; and with the cost of best mean AP on the trainval images that were not drawn,
-which does not. A k is left out if a class has fewer positives; if negatives are short, all there are serve.
+Low-shot: k positives and (classes - 1) k negatives per class, for VOC 19 k, five draws, on the level that
+cross-validation prefers (on all of --features with --no-full). Two figures for each k: with the cost of best mean test
+mAP over the draws, which is the published way and looks at the test set; and with the cost of best mean AP on the
+trainval images that were not drawn, which does not. A k is left out if a class has fewer positives; where there are
+fewer negatives, all are used.
+
+Images: shorter side to 256, then both sides to 224 pixels whatever the aspect, or sizes in this ratio, bilinear.
 
 Published (MMSelfSup 0.x, ResNet-50), mAP and low-shot at k 1, 4, 16, 96: MoCo v2 84.04 | 43.14 65.34 75.42 82.23;
 BYOL 86.31 | 45.37 68.47 78.30 84.73; SwAV 87.00 | 44.68 67.64 78.14 85.15.
@@ -30,17 +33,14 @@ pooling to the side floor(sqrt(9216 / channels)), at most that of the map. Every
 may be given the rows in other coordinates (`Triangle`): the decision values are the same.
 """
 
-import math
+import dataclasses
 import os
 import sys
 import time
 import warnings
-import xml.etree.ElementTree as ElementTree
-from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from scipy import linalg
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import average_precision_score
@@ -48,154 +48,56 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.svm import LinearSVC
 from sklearn.utils.parallel import Parallel, delayed
 from torch import nn
-from torchvision.transforms.v2.functional import resize
 from tqdm import tqdm
 
-from common.augment import EvalView, uniforms
-from common.checkpoint import load_backbone
-from common.data import EXTENSIONS, Files
-from common.distributed import all_reduce, finish, init, is_main, print0, rank, world_size
-from common.knn import extract
-from common.log import Parser, check_args, fail, report
+from common import rng
+from common.args import Parser, at_least, fail, positive, toggle
+from common.augment import WholeView
+from common.checkpoint import load_pretrained
+from common.crop import crop_resize
+from common.distributed import all_reduce, end_processes, is_main, print0, rank, world_size
+from common.features import broken_rows, extract, pool_stage
+from common.log import facts, report
 from common.optim import precision
+from common.run import start_device
+from common.voc import find_set, open_images, read_labels
 
 COSTS = [1.0, 10.0, 100.0, *(0.5**i for i in range(4, 20))]
 FOLDS, MAX_ITER = 3, 2000
-# kernel, stride and padding for the stages of ResNet-50 at 224 pixels, by channels and side of the map
-WINDOWS = {(64, 112): (10, 10, 4), (256, 56): (16, 8), (512, 28): (13, 5), (1024, 14): (8, 3), (2048, 7): (6, 1)}
 
 
 # ----------------------------------------------------------------------------------------------------- arguments
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    parser.add_argument("--pretrained", required=True, help="backbone.pt, last.pt, a published file, or random")
-    parser.add_argument("--data", required=True, help="VOC2007, or the VOCdevkit that holds it")
-    parser.add_argument("--trust-pickle", action="store_true", help="allow --pretrained to run code while it is read")
-    parser.add_argument("--arch", help="of a random initialisation (default: resnet50); a file tells it")
-    parser.add_argument("--width", type=float, help="of a random initialisation (default: 1); a file tells it")
-    parser.add_argument("--image-size", type=int, help="default: that of the file, else 224")
-    parser.add_argument("--features", nargs="+", help="levels: feat1 ... feat5; cls, mean of a ViT (default: all)")
-    parser.add_argument("--full", action="store_true", default=True, help="SVMs on all of trainval")
-    parser.add_argument("--no-full", dest="full", action="store_false", help="leave them out")
-    parser.add_argument("--low-shot", action="store_true", default=True, help="SVMs on k positives per class")
-    parser.add_argument("--no-low-shot", dest="low_shot", action="store_false", help="leave them out")
-    parser.add_argument("--k", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32, 64, 96], help="positives per class")
-    parser.add_argument("--draws", type=int, default=5, help="low-shot samples per k")
-    parser.add_argument("--costs", type=float, nargs="+", default=COSTS, help="SVM costs to choose from")
-    parser.add_argument("--jobs", type=int, default=0, help="solvers per process (0: the cores, shared out)")
-    parser.add_argument("--batch-size", type=int, default=64, help="images per process and forward pass")
-    parser.add_argument("--workers", type=int, default=8, help="loading threads per process")
-    parser.add_argument("--seed", type=int, default=0, help="of draws, solver and random initialisation")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16", "fp64"], default="fp32")
-    parser.add_argument("--out", help="folder of eval_svm.json (default: beside the checkpoint, or runs/random)")
+    parser.add_pretrained(lists=False)
+    parser.set_defaults(precision="fp32")
+    group = parser.add_argument_group("SVMs")
+    group.add_argument("--features", nargs="+", help="levels: feat1 ... feat5; cls, mean of a ViT (default: all)")
+    group.add_argument("--full", action=toggle, default=True, help="SVMs on all of trainval")
+    group.add_argument("--low-shot", action=toggle, default=True, help="SVMs on k positives per class")
+    ks = [1, 2, 4, 8, 16, 32, 64, 96]
+    group.add_argument("--k", type=positive(int), nargs="+", default=ks, help="positives per class")
+    group.add_argument("--draws", type=positive(int), default=5, help="low-shot samples per k")
+    group.add_argument("--costs", type=positive(float), nargs="+", default=COSTS, help="SVM costs to choose from")
+    group.add_argument("--jobs", type=at_least(0), default=0, help="solvers per process (0: the cores, shared out)")
+    group.add_argument("--batch-size", type=positive(int), default=64, help="images per process and forward pass")
     args = parser.parse_args(argv)
-    if min(args.k) < 1 or args.draws < 1:
-        parser.error("--k and --draws must be at least 1")
-    if not all(0 < cost < float("inf") for cost in args.costs):
-        parser.error("--costs must be numbers greater than 0")
     if not (args.full or args.low_shot):
         parser.error("--no-full and --no-low-shot leave nothing to do")
     return args
 
 
-# ---------------------------------------------------------------------------------------------------------- data
-def voc(data):
-    """The set behind --data: (image folder, class names, {split: (ids, labels)}).
-
-    labels (N, classes) int8 as VOC writes them: 1 present, -1 absent, 0 only difficult ones.
-    """
-    parents = [Path(data), Path(data) / "VOC2007", *sorted(Path(data).glob("VOC*"))]
-    root = next((p for p in parents if (p / "ImageSets/Main").is_dir()), None)
-    if root is None:
-        fail(f"--data {data}: no ImageSets/Main there nor in a VOC2007 below: give the folder of a set in VOC's layout")
-    lists = root / "ImageSets/Main"
-    names = sorted(p.name.removesuffix("_trainval.txt") for p in lists.glob("*_trainval.txt"))
-    splits = {}
-    if names:
-        for split in ("trainval", "test"):
-            columns = [_class_list(lists / f"{name}_{split}.txt") for name in names]
-            ids = sorted(columns[0])
-            for name, column in zip(names, columns, strict=True):
-                if column.keys() != columns[0].keys():
-                    fail(f"{lists}: {name}_{split}.txt and {names[0]}_{split}.txt name different images")
-            splits[split] = ids, np.array([[column[i] for column in columns] for i in ids], np.int8)
-    else:
-        objects = {split: _annotations(root, lists / f"{split}.txt") for split in ("trainval", "test")}
-        names = sorted({name for found in objects["trainval"].values() for name in found})
-        for split, found in objects.items():
-            ids = sorted(found)
-            splits[split] = ids, np.array([[found[i].get(name, -1) for name in names] for i in ids], np.int8)
-    both = sorted(set(splits["trainval"][0]) & set(splits["test"][0]))
-    if both:
-        fail(f"{lists}: {len(both)} images are in trainval and in test, {both[0]} for one: test must be other images")
-    return root / "JPEGImages", names, splits
-
-
-def _lines(path):
-    if not path.is_file():
-        fail(f"{path} does not exist (VOC2007 comes as two archives: unpack both in one place)")
-    lines = [line.split() for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    if not lines:
-        fail(f"{path} names no image")
-    return lines
-
-
-def _class_list(path):
-    """{id: 1, -1 or 0} from lines 'id label'."""
-    labels = {}
-    for words in _lines(path):
-        if len(words) != 2 or words[1] not in ("1", "-1", "0"):
-            fail(f"{path}: {' '.join(words)!r} is not an image and 1, -1 or 0")
-        labels[words[0]] = int(words[1])
-    return labels
-
-
-def _annotations(root, path):
-    """{id: {name: 1, or 0 if all its objects are difficult}} from the list of a split and Annotations/<id>.xml."""
-    images = {}
-    for words in _lines(path):
-        xml, images[words[0]] = root / "Annotations" / f"{words[0]}.xml", {}
-        try:
-            objects = ElementTree.parse(xml).getroot().findall("object")
-        except (OSError, ElementTree.ParseError) as error:
-            fail(f"{xml}, named in {path.name}, cannot be read: {error}")
-        for item in objects:
-            easy = (item.findtext("difficult") or "0").strip() == "0"
-            name = (item.findtext("name") or "").strip()
-            images[words[0]][name] = max(images[words[0]].get(name, 0), int(easy))
-    return images
-
-
-class Squeezed:
-    """Images of a folder by id: shorter side to size * 256 / 224, then both sides to `size`, whatever the aspect."""
-
-    labels = classes = None
-
-    def __init__(self, folder, ids, size, channels=3):
-        names = sorted(os.listdir(folder), reverse=True) if folder.is_dir() else []
-        there = {Path(name).stem: name for name in names if name.lower().endswith(EXTENSIONS)}
-        missing = [i for i in ids if i not in there]
-        if missing:
-            fail(f"{folder} lacks {len(missing)} of the {len(ids)} images of a split, the first is {missing[0]}.jpg")
-        self.files, self.size = Files(folder, [there[i] for i in ids], channels=channels), size
-        self.channels = channels
-
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, i):
-        image, label = self.files[i]
-        return resize(resize(image, [round(self.size * 256 / 224)]), [self.size, self.size]), label
-
-
 # ------------------------------------------------------------------------------------------------------ features
-def pool_stage(x):
-    """A stage (B, C, H, W) averaged to about 9,000 numbers per image: (B, C, s, s)."""
-    channels, side = x.shape[1], x.shape[2]
-    if (channels, side) in WINDOWS:
-        return F.avg_pool2d(x, *WINDOWS[channels, side])
-    return F.adaptive_avg_pool2d(x, max(1, min(side, math.isqrt(9216 // channels))))
+@dataclasses.dataclass(frozen=True)
+class Squeezed(WholeView):
+    """Shorter side to size * 256 / 224, then both sides to `size`, whatever the aspect."""
+
+    batched = False
+
+    def crop(self, image, u=None):
+        height, width = image.shape[1:]
+        sides = [round(self.size * 256 / 224) * side // min(height, width) for side in (height, width)]
+        return super().crop(crop_resize(image, (0, 0, height, width), sides, self.interpolation), u)
 
 
 class Levels(nn.Module):
@@ -225,7 +127,7 @@ class Levels(nn.Module):
         return torch.cat([levels[name] for name in self.names], 1)
 
 
-def normalise(features):
+def normalize(features):
     """(N, D) -> float64 rows x / (|x| + 1e-5)."""
     if features.device.type == "mps":  # has no float64
         features = features.cpu()
@@ -319,11 +221,12 @@ def low_shot(x, gram, rows, positive, costs, parts, seed):
     return [*(average_precision(s, truth) for values, (_, truth) in pairs for s in values), capped]
 
 
-def draw(labels, k, number, which, seed):
-    """Low-shot sample `number` of class `which`, labels (N,): the sorted rows of k positives and 19 k negatives."""
-    u = uniforms(seed, k, np.arange(len(labels)), 100 + which, number + 1)[:, number]
+def draw(labels, k, number, which, seed, ratio=19):
+    """Low-shot sample `number` of class `which`, labels (N,): the sorted rows of k positives and `ratio` k negatives.
+    ratio: the other classes, of which VOC has 19."""
+    u = rng.uniforms(seed, k, np.arange(len(labels)), rng.SHOTS + which, number + 1)[:, number]
     order = np.argsort(u)
-    chosen = [order[labels[order] == value][:most] for value, most in ((1, k), (-1, 19 * k))]
+    chosen = [order[labels[order] == value][:most] for value, most in ((1, k), (-1, ratio * k))]
     return np.sort(np.concatenate(chosen))
 
 
@@ -375,10 +278,11 @@ def evaluate_full(name, x, gram, train, test_labels, args, workers):
 def evaluate_low_shot(name, x, gram, train, test_labels, ks, args, workers):
     """{k: {"test": figures with the cost chosen on the test set, "trainval": on the images not drawn, or None}}."""
     (n, classes), costs = train.shape, len(args.costs)
+    ratio = max(1, classes - 1)
     cases = [(k, number, c) for k in sorted(ks, reverse=True) for number in range(args.draws) for c in range(classes)]
     jobs = []
     for k, number, c in cases:  # the longest first, so that all solvers end together
-        rows = draw(train[:, c], k, number, c, args.seed)
+        rows = draw(train[:, c], k, number, c, args.seed, ratio)
         at, rest = np.flatnonzero(test_labels[:, c]), np.setdiff1d(np.flatnonzero(train[:, c]), rows)
         parts = [(n + at, test_labels[at, c] == 1), (rest, train[rest, c] == 1)]
         jobs.append((x, gram, rows, train[rows, c] == 1, args.costs, parts, args.seed))
@@ -426,12 +330,13 @@ def shots(classes, train, ks):
     """Those of `ks` for which every class has enough positives. Lines tell what is short."""
     positives, negatives = (train == 1).sum(0), (train == -1).sum(0)
     kept, fewest = [k for k in ks if k <= positives.min()], positives.argmin()
+    ratio = max(1, len(classes) - 1)
     if len(kept) < len(ks):
         left = ", ".join(map(str, ks[len(kept) :]))
         print0(f"left out    k {left}: class {classes[fewest]} has {positives[fewest]} positive trainval images")
     for name, number in zip(classes, negatives, strict=True):
-        if kept and number < 19 * kept[-1]:
-            print0(f"low-shot    class {name} has {number} negatives: all of them serve where 19 k is more")
+        if kept and number < ratio * kept[-1]:
+            print0(f"low-shot    class {name} has {number} negatives: all are used where {ratio} k is more")
     return kept
 
 
@@ -457,10 +362,12 @@ def warn_capped(name, capped, fits):
 
 
 def main(args):
-    device = init(args.device)
-    check_args(args)
-    folder, classes, splits = voc(args.data)
+    device = start_device(args)
+    root = find_set(args.data)
+    classes, splits = read_labels(root)
     (train_ids, train), (test_ids, tested) = splits["trainval"], splits["test"]
+    if both := sorted(set(train_ids) & set(test_ids)):
+        fail(f"--data {args.data}: {len(both)} images are in trainval and in test, {both[0]} for one")
     classes, train, tested = usable(classes, train, tested)
     if not classes or len(train) < 2 * FOLDS:
         fail(f"--data {args.data}: {len(train)} trainval images and {len(classes)} usable classes are too few")
@@ -468,14 +375,12 @@ def main(args):
     if not (ks or args.full):
         fail(f"--k {' '.join(map(str, args.k))}: too many for this set, ask for fewer positives")
 
-    backbone, meta = load_backbone(
-        args.pretrained, args.arch, args.width, args.image_size, args.seed, args.trust_pickle
-    )
+    backbone, meta = load_pretrained(args)
     size = meta["image_size"]
     model = Levels(backbone, size, args.features, meta["channels"])
     amp, _, dtype = precision(args.precision, device)
     model = model.to(device, dtype, memory_format=torch.channels_last)
-    view = EvalView(size, resize=size, mean=tuple(meta["mean"]), std=tuple(meta["std"]))
+    view = Squeezed(size, mean=tuple(meta["mean"]), std=tuple(meta["std"]))
     data = f"{len(train):,} trainval, {len(tested):,} test images, {len(classes)} classes, {size} px"
     chance = 100 * ((tested == 1).sum(0) / (tested != 0).sum(0)).mean()
     print0(f"data        {args.data}: {data}, mAP of chance {chance:.2f}")
@@ -485,22 +390,21 @@ def main(args):
     clock = time.perf_counter()
     parts = []
     for ids in (train_ids, test_ids):
-        dataset = Squeezed(folder, ids, size, meta["channels"])
+        dataset = open_images(root, ids, meta["channels"])
         parts.append(extract(model, dataset, view, device, args.workers, args.batch_size, amp)[0])
+        if broken := broken_rows(parts[-1], dataset, "trainval" if ids is train_ids else "test"):
+            fail(f"--pretrained {args.pretrained}: {broken}")
     levels = dict(zip(model.names, torch.cat(parts).split(model.dims, 1), strict=True))
     print0(f"features    {', '.join(f'{k} {v.shape[1]:,}' for k, v in levels.items())} ({_since(clock)})")
 
     def prepare(name):
         """(x, gram) as `decisions` takes them."""
-        x = normalise(levels[name])
+        x = normalize(levels[name])
         if len(train) < x.shape[1]:
             return None, (x @ x[: len(train)].T).cpu().numpy()
         return x.cpu().numpy(), None
 
-    result = {"pretrained": str(args.pretrained), "data": args.data}
-    result |= {k: meta[k] for k in ("method", "arch", "width")}
-    result |= {"image_size": size, "train": len(train), "test": len(tested), "chance": round(chance, 3)}
-    result |= {"seed": args.seed, "costs": args.costs}
+    result = facts(args, meta, train, tested) | {"chance": round(chance, 3), "seed": args.seed, "costs": args.costs}
     chosen = list(levels)
     if args.full:
         rows = {}
@@ -525,7 +429,7 @@ def main(args):
             print0(f"low-shot    {name}, {args.draws} draws ({_since(clock)})")
             show(found)
     report(args, "svm", result)
-    finish()
+    end_processes()
     return result
 
 

@@ -16,6 +16,7 @@ mmdet        ResNets: torchvision's names under state_dict, for init_cfg=dict(ty
 """
 
 import hashlib
+import io
 import pickle
 import re
 import sys
@@ -24,8 +25,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common.checkpoint import assemble, find, load
-from common.log import Parser, check_args, fail
+from common.args import Parser, fail, toggle, width
+from common.checkpoint import build_backbone, find_backbone, load_file
+from common.files import atomic
 
 # Names of a ViT here -> in torchvision; applied in this order.
 TORCHVISION_VIT = {
@@ -58,10 +60,11 @@ def parse_args(argv=None):
     parser.add_argument("--pretrained", required=True, help="backbone.pt, last.pt, or a published file")
     parser.add_argument("--to", required=True, choices=["torchvision", "timm", "detectron2", "mmdet"])
     parser.add_argument("--out", required=True, help="file to write; .pkl for detectron2")
-    parser.add_argument("--publish", action="store_true", help="add the file's hash to its name")
-    parser.add_argument("--trust-pickle", action="store_true", help="allow --pretrained to run code while it is read")
+    parser.add_argument("--publish", action=toggle, default=False, help="add the file's hash to its name")
+    text = "allow --pretrained to run code while it is read"
+    parser.add_argument("--trust-pickle", action=toggle, default=False, help=text)
     parser.add_argument("--arch", help="refuse any other architecture")
-    parser.add_argument("--width", type=float, help="refuse any other width")
+    parser.add_argument("--width", type=width, help="refuse any other width")
     return parser.parse_args(argv)
 
 
@@ -96,7 +99,7 @@ def convert(backbone, meta, target):
 
 
 def remarks(backbone, meta):
-    """What the receiving network has to be told, because names and shapes do not say it."""
+    """What the receiving network needs besides names and shapes."""
     mean, std = (" ".join(f"{x:.4g}" for x in meta[k]) for k in ("mean", "std"))
     yield f"images in [0, 1] of {meta['channels']} channels, normalised with mean {mean} and standard deviation {std}"
     if hasattr(backbone, "tokens"):
@@ -111,28 +114,27 @@ def remarks(backbone, meta):
 
 
 def write(content, path, publish):
-    """Writes a pickle (.pkl) or torch file, under a temporary name until it is complete. Returns its path and hash."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        (pickle.dump if path.suffix == ".pkl" else torch.save)(content, file)
-    digest = hashlib.sha256(temporary.read_bytes()).hexdigest()
+    """Writes a pickle (.pkl) or torch file. Returns its path and hash."""
+    buffer = io.BytesIO()
+    (pickle.dump if path.suffix == ".pkl" else torch.save)(content, buffer)
+    digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
     if publish:  # no other dot or dash before the hash: torch.hub takes the first "-<hexadecimal>."
         path = path.with_name(f"{path.stem.replace('.', '_')}-{digest[:8]}{path.suffix}")
-    temporary.replace(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(path) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
     return path, digest
 
 
 def main(args):
-    check_args(args)
     out = Path(args.out)
     if (out.suffix == ".pkl") != (args.to == "detectron2"):
         fail(f"--out {out}: detectron2 reads .pkl files, the others .pth; --to is {args.to}")
     if out.exists() and Path(args.pretrained).exists() and out.samefile(args.pretrained):
         fail(f"--out {out} is the file of --pretrained: choose another name")
-    state = load(args.pretrained, "--pretrained", args.trust_pickle)
-    found = find(state, f"--pretrained {args.pretrained}", args.arch)
-    backbone, meta = assemble(found, args.pretrained, args.arch, args.width)
+    state = load_file(args.pretrained, "--pretrained", args.trust_pickle)
+    found = find_backbone(state, f"--pretrained {args.pretrained}", args.arch)
+    backbone, meta = build_backbone(found, args.pretrained, args.arch, args.width)
     content, weights = convert(backbone, meta, args.to)
     try:
         path, digest = write(content, out, args.publish)

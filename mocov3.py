@@ -2,13 +2,13 @@
 2104.02057), for ViTs and for ResNets.
 
 The query q of one view has to pick the key k+ of the other view among the keys of all images of the batch; there is no
-queue. Keys come from a second network that follows the first slowly, w_k <- m w_k + (1 - m) w_q, has no predictor, and
-receives no gradient:  L = 2T [ctr(q1, k2) + ctr(q2, k1)],  ctr(q, k) = -log [ exp(q.k+ / T) / sum_k exp(q.k / T) ].
+queue. Keys come from a second network, a moving average of the first, w_k <- m w_k + (1 - m) w_q, without predictor and
+without gradient:  L = 2T [ctr(q1, k2) + ctr(q2, k1)],  ctr(q, k) = -log [ exp(q.k+ / T) / sum_k exp(q.k / T) ].
 
     torchrun --nproc_per_node=8 mocov3.py --data /imagenet
     torchrun --nproc_per_node=8 mocov3.py --data /imagenet --arch vit_small
 
-Published recipes; --arch and --epochs (the nearest by ratio) pick the row for those of the flags not given:
+Published recipes; --arch and --epochs pick the row (the nearest by ratio) for those of the flags not given:
 
     --arch  --epochs  --optimizer    --lr  --weight-decay  --key-momentum  --warmup-epochs  --temperature  --crop-min
     resnet       100       lars       0.6            1e-6            0.99               10              1         0.2
@@ -22,13 +22,13 @@ epochs; after 300 epochs ViT-S 73.2 and ViT-B 76.7. ViT-S in MMSelfSup 0.11: 73.
 Small images, small batches (ours, nothing published): --arch resnet18 --hidden-dim 512 --batch-size 64 --lr 16
 --temperature 0.2 --warmup-epochs 1.
 
-ViTs: the random patch embedding stays as it is (section 4.2; --train-patch-embed lets it learn), positions are fixed
-sines and cosines, the small one has 12 heads, the class token is the feature.
+ViTs: the patch embedding stays random (section 4.2; --train-patch-embed trains it), positions are fixed sines and
+cosines, the small one has 12 heads, the class token is the feature.
 
 Deviations from the paper: with --accum a query chooses among the keys of its micro-batch, which also has batch-norm
-statistics of its own; images of at most 64 pixels are not blurred and get a 3x3 stem, those of at most 128 pixels get
-smaller patches; ViTs with a convolutional stem are left out. --init always starts the key network as a copy of what
-was loaded.
+statistics of its own; bf16 on CUDA (there: fp16); images of at most 64 pixels are not blurred and get a 3x3 stem, those
+of at most 128 pixels get smaller patches; there are no ViTs with a convolutional stem. After --init the key network is
+a copy of what was loaded.
 To hack: copy this file. What is MoCo v3: the sections augmentation, model and loss, and the lines marked in main.
 """
 
@@ -36,21 +36,18 @@ import copy
 import dataclasses
 import math
 import sys
-import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.augment import EvalView, View
-from common.checkpoint import init_from, resume, save_run
-from common.data import Loader, build, default_size, fit
-from common.distributed import finish, gather, init, mean, parallel, rank, sync_batch_norm
-from common.knn import knn_monitor
-from common.log import Logger, Parser, check_args, describe, fail, output_std, save_views
-from common.optim import LARS, cosine, full, param_groups, precision
+from common.args import Parser, at_least, below_one, default_size, number, positive, probability, share, toggle, width
+from common.augment import View
+from common.distributed import gather, rank
+from common.features import output_std
+from common.optim import LARS, cosine, param_groups
 from common.resnet import resnet
+from common.run import Run
 from common.vit import vit
 
 # -------------------------------------------------------------------------------------------------- arguments
@@ -71,59 +68,39 @@ SCHEDULES = {
 def published(arch, epochs):
     """(epochs of the row whose ratio to `epochs` is nearest to 1, what it says for this kind of network)."""
     kind = "vit" if arch.startswith("vit") else "resnet"
-    row = min(SCHEDULES[kind], key=lambda row: abs(math.log(row / max(1, epochs))))
+    row = min(SCHEDULES[kind], key=lambda row: abs(math.log(row / epochs)))
     return row, RECIPES[kind] | SCHEDULES[kind][row]
 
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--data", required=True, help="folder or .tar of images, or digits, cifar10[:DIR], cifar100, stl10, fake[:N]"
-    )
-    group.add_argument("--train-list", help="list file of training images, 'relative/path[ label]' per line")
-    group.add_argument("--val-list", help="list file of validation images")
-    group.add_argument("--image-size", type=int, help="pixels of a view (default: 224, or what fits a small named set)")
-    group.add_argument("--crop-min", type=float, help="smallest share of the image area in a crop (unset: by --arch)")
-    group.add_argument("--flip", type=float, default=0.5, help="probability of a mirrored view")
-    group.add_argument("--channels", type=int, default=3, help="of the images; all can be made 1 or 3")
-    group.add_argument("--stats", choices=["imagenet", "auto"], help="normalisation (default: auto unless 3 channels)")
-    group.add_argument("--decode", choices=["cpu", "gpu"], default="cpu", help="gpu: JPEGs by nvJPEG, other rounding")
-    group.add_argument("--max-bad", type=int, default=100, help="stop after this many undecodable images")
+    parser.add_common(__file__)  # --data, --out, --resume, --seed ...: what is the same in every script
     group = parser.add_argument_group("MoCo v3")
+    group.add_argument("--crop-min", type=share, help="smallest share of the image area in a crop (default: by --arch)")
+    group.add_argument("--flip", type=probability, default=0.5, help="probability of a mirrored view")
     group.add_argument("--arch", default="resnet50", help="resnet18 ... resnet152, or vit_tiny, small, base ...")
-    group.add_argument("--width", type=float, default=1.0, help="multiplier of the backbone's channels")
-    group.add_argument("--patch-size", type=int, help="ViT: pixels of a patch (unset: 16, less for small images)")
-    group.add_argument("--depth", type=int, help="ViT: blocks (unset: by --arch)")
-    group.add_argument("--heads", type=int, help="ViT: attention heads (unset: by --arch, 12 for vit_small)")
-    group.add_argument("--train-patch-embed", action="store_true", help="ViT: do not freeze the patch embedding")
-    group.add_argument("--dim", type=int, default=256, help="outputs of projector and predictor")
-    group.add_argument("--hidden-dim", type=int, default=4096, help="hidden width of projector and predictor")
-    group.add_argument("--temperature", type=float, help="T (unset: by --arch)")
-    group.add_argument("--key-momentum", type=float, help="m at the start; rises to 1 (unset: by --arch and --epochs)")
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=int, default=300)
-    group.add_argument("--warmup-epochs", type=int, help="(unset: by --arch)")
-    group.add_argument("--batch-size", type=int, default=4096, help="images per step over all processes and --accum")
-    group.add_argument("--accum", type=int, default=1, help="micro-batches per step")
-    group.add_argument("--optimizer", choices=["lars", "adamw"], help="(unset: by --arch)")
-    group.add_argument("--lr", type=float, help="per 256 images: multiplied by batch-size / 256 (unset: by --epochs)")
-    group.add_argument("--weight-decay", type=float, help="lars: not of biases and norms (unset: by --arch, --epochs)")
-    group.add_argument("--momentum", type=float, default=0.9, help="of lars")
-    group = parser.add_argument_group("run")
-    group.add_argument("--out", default=f"runs/{Path(__file__).stem}", help="run folder")
-    group.add_argument("--resume", action="store_true", default=True, help="continue from last.pt in --out")
-    group.add_argument("--no-resume", dest="resume", action="store_false", help="start again, overwriting --out")
-    group.add_argument("--init", help="weights to start from, with a fresh schedule")
-    group.add_argument("--max-steps", type=int, default=0, help="stop after this many steps, keeping the schedule")
-    group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--workers", type=int, default=8, help="loading threads per process")
-    group.add_argument("--device", default="auto")
-    group.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16", "fp64"], default="auto")
-    group.add_argument("--compile", action="store_true", help="torch.compile the model")
-    group.add_argument("--log-every", type=int, default=20, help="steps")
-    group.add_argument("--save-every", type=float, default=10, help="minutes")
-    group.add_argument("--knn-every", type=int, default=10, help="epochs between k-NN accuracies (0: never)")
+    group.add_argument("--width", type=width, default=1.0, help="multiplier of the backbone's channels")
+    group.add_argument("--patch-size", type=positive(int), help="ViT: pixels (default: 16, less for small images)")
+    group.add_argument("--depth", type=positive(int, 1000), help="ViT: blocks (default: by --arch)")
+    group.add_argument("--heads", type=positive(int), help="ViT: heads (default: by --arch, 12 for vit_small)")
+    group.add_argument("--train-patch-embed", action=toggle, default=False, help="ViT: train the patch embedding too")
+    group.add_argument("--dim", type=positive(int), default=256, help="outputs of projector and predictor")
+    group.add_argument("--hidden-dim", type=positive(int), default=4096, help="hidden width of projector and predictor")
+    group.add_argument("--temperature", type=positive(float), help="T (default: by --arch)")
+    group.add_argument("--key-momentum", type=number(float, 0, 1), help="m at the start (default: by --arch, --epochs)")
+    group.add_argument("--epochs", type=positive(int), default=300)
+    group.add_argument("--warmup-epochs", type=at_least(0), help="default: by --arch")
+    group.add_argument(
+        "--batch-size", type=positive(int), default=4096, help="images per step over all processes and --accum"
+    )
+    group.add_argument("--optimizer", choices=["lars", "adamw"], help="default: by --arch")
+    group.add_argument(
+        "--lr", type=positive(float), help="per 256 images: multiplied by batch-size / 256 (default: by --epochs)"
+    )
+    group.add_argument(
+        "--weight-decay", type=at_least(0, float), help="lars: not of biases and norms (default: by --arch, --epochs)"
+    )
+    group.add_argument("--momentum", type=below_one, default=0.9, help="of lars")
     args = parser.parse_args(argv)
     args.image_size = args.image_size or default_size(args.data)
     recipe = published(args.arch, args.epochs)[1]
@@ -137,10 +114,10 @@ def parse_args(argv=None):
         for name in ("patch_size", "depth", "heads", "train_patch_embed"):
             if getattr(args, name):
                 parser.error(f"--{name.replace('_', '-')} is for ViTs: leave it out with --arch {args.arch}")
-    elif args.arch == "vit_small" and args.heads is None:
-        args.heads = 12  # as the official one, which has twice those of other ViT-S
-    if not 0 <= args.key_momentum <= 1:
-        parser.error(f"--key-momentum must lie between 0 and 1, not {args.key_momentum}")
+    elif args.arch == "vit_small":
+        args.heads = args.heads or 12  # as the official one; other ViT-S have 6
+    if args.batch_size < 2 * args.accum:
+        parser.error(f"--batch-size {args.batch_size} with --accum {args.accum}: a micro-batch needs 2 images or more")
     return args
 
 
@@ -149,7 +126,7 @@ def augmentation(size, crop_min=0.2, flip=0.5):
     """The views differ, as in BYOL: only the first is always blurred, only the second may be solarised."""
     view = View(
         size=size,
-        crop=(crop_min, 1.0),
+        area=(crop_min, 1.0),
         flip=flip,
         jitter=(0.4, 0.4, 0.2, 0.1),
         jitter_p=0.8,
@@ -165,7 +142,8 @@ def transformer(arch, image_size, width=1.0, patch_size=None, depth=None, heads=
     """The ViT of the paper, as the official code starts it: Glorot-uniform for each of the matrices that give queries,
     keys and values, a class token near 0, fixed positions, rows before columns. freeze: of the patch embedding."""
     shape = {"patch_size": patch_size, "depth": depth, "heads": heads, "channels": channels}
-    backbone = vit(arch, image_size, width, positions="sincos-yx", freeze_patch_embed=freeze, **shape)
+    backbone = vit(arch, image_size, width, positions="sincos-yx", **shape)
+    backbone.patch_embed.requires_grad_(not freeze)
     for block in backbone.blocks:
         for matrix in block.attn.qkv.weight.detach().chunk(3):
             nn.init.xavier_uniform_(matrix)
@@ -177,14 +155,14 @@ def mlp(layers, inputs, hidden, outputs, last_norm):
     """Linear layers with batch norm and ReLU between them; last_norm: the outputs, too, pass a batch norm, which has
     no scale and shift."""
     modules = []
-    for width in [inputs] + [hidden] * (layers - 2):
-        modules += [nn.Linear(width, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)]
+    for features in [inputs] + [hidden] * (layers - 2):
+        modules += [nn.Linear(features, hidden, bias=False), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True)]
     modules.append(nn.Linear(hidden, outputs, bias=False))
     return nn.Sequential(*modules, *[nn.BatchNorm1d(outputs, affine=False)] * last_norm)
 
 
 class MoCoV3(nn.Module):
-    """Query network of backbone, projector and predictor, and key network of backbone and projector (section 3).
+    """Query network of backbone, projector and predictor, and key network (the target) of the first two (section 3).
 
     dim: outputs of projector and predictor, hidden_dim: their hidden width. The heads are those of the official code:
     with a ResNet the projector has 2 layers and the predictor no last batch norm, with a ViT 3 layers and one.
@@ -199,13 +177,13 @@ class MoCoV3(nn.Module):
         self.reset_target()
 
     def reset_target(self):
-        """Makes the key network a copy of the query network as it is now, without gradient."""
+        """Makes the target a copy of the online network as it is now, without gradient."""
         self.target_backbone = copy.deepcopy(self.backbone).requires_grad_(False)
         self.target_projector = copy.deepcopy(self.projector).requires_grad_(False)
 
     @torch.no_grad()
     def update_target(self, momentum):
-        """w_k <- m w_k + (1 - m) w_q for parameters: the key network's batch-norm statistics are its own."""
+        """target <- momentum * target + (1 - momentum) * online, for parameters; batch-norm statistics are its own."""
         target = [*self.target_backbone.parameters(), *self.target_projector.parameters()]
         online = [*self.backbone.parameters(), *self.projector.parameters()]
         torch._foreach_lerp_(target, online, 1 - momentum)
@@ -213,8 +191,7 @@ class MoCoV3(nn.Module):
     def forward(self, x1, x2):
         """x1, x2: views (B, 3, S, S). Returns queries q1, q2 and keys k1, k2, (B, D) each, not normalised.
 
-        The views pass separately: batch-norm statistics are those of one view. The key network, too, normalises by the
-        batch (train mode).
+        The views pass separately: batch-norm statistics are those of one view, in the target too (train mode).
         """
         q1 = self.predictor(self.projector(self.backbone(x1)))
         q2 = self.predictor(self.projector(self.backbone(x2)))
@@ -224,9 +201,9 @@ class MoCoV3(nn.Module):
         return q1, q2, k1, k2
 
 
-def key_momentum(step, total, momentum):
-    """m of step `step` (counted from 0) of `total`: from `momentum` up to 1 by half a cosine (official code)."""
-    return 1 - (1 - momentum) * (math.cos(math.pi * step / total) + 1) / 2
+def target_momentum(step, total, start):
+    """Momentum of the target at step `step`, counted from 0, of `total`: from `start` up to 1 by half a cosine."""
+    return 1 - (1 - start) * (math.cos(math.pi * step / total) + 1) / 2
 
 
 # ------------------------------------------------------------------------------------------------------- loss
@@ -245,98 +222,43 @@ def mocov3_loss(q1, q2, k1, k2, temperature):
 
 # --------------------------------------------------------------------------------------------------- training
 def main(args):
-    device = init(args.device)
-    check_args(args)
-    size = args.batch_size // args.accum  # images of a micro-batch, over all processes
-    if size < 2:
-        fail(f"--batch-size {args.batch_size} with --accum {args.accum}: a micro-batch needs 2 images or more")
-    torch.manual_seed(args.seed)
-    amp, scaler, dtype = precision(args.precision, device)
-
-    data = build(args.data, "train", args.train_list, channels=args.channels)
-    val = build(args.data, "val", args.val_list, required=False, channels=args.channels)
-    views = fit(augmentation(args.image_size, args.crop_min, args.flip), data, args.stats, args.workers)
-    settings = {k: getattr(args, k) for k in ("seed", "workers", "accum", "max_bad", "decode")}
-    loader = Loader(data, views, args.batch_size, device=device, dtype=dtype, **settings)
-    total, warmup = args.epochs * loader.steps, args.warmup_epochs * loader.steps
-
+    run = Run(args)
+    run.open(augmentation(args.image_size, args.crop_min, args.flip))
     if args.arch.startswith("vit"):  # MoCo v3
         shape = (args.width, args.patch_size, args.depth, args.heads)
         backbone = transformer(args.arch, args.image_size, *shape, not args.train_patch_embed, args.channels)
     else:
         backbone = resnet(args.arch, args.width, args.image_size, zero_init_residual=True, channels=args.channels)
-    model = MoCoV3(backbone, args.dim, args.hidden_dim)
-    model = sync_batch_norm(model.to(device, dtype, memory_format=torch.channels_last))
+    model = run.place(MoCoV3(backbone, args.dim, args.hidden_dim))
     if args.init:
-        init_from(args.init, model)
-        model.reset_target()  # MoCo v3: keys start as copies
+        model.reset_target()  # MoCo v3: the target starts as a copy
     peak = args.lr * args.batch_size / 256
     if args.optimizer == "adamw":  # MoCo v3: weight decay on everything
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=peak, weight_decay=args.weight_decay)
     else:
         optimizer = LARS(param_groups(model, args.weight_decay), lr=peak, momentum=args.momentum)
-    state = resume(args, len(data), model, optimizer, scaler)
-    step = state["step"] if state else 0
-    net = parallel(model)
-    net = torch.compile(net) if args.compile else net
-
+    rule = f"{args.lr} x {args.batch_size}/256 = {peak:.4g}"
     row, recipe = published(args.arch, args.epochs)
     schedule = f"{args.optimizer}, m {args.key_momentum} to 1, weight decay {args.weight_decay}; "
     schedule += f"nearest published ({row} epochs): " + ", ".join(f"{name} {value}" for name, value in recipe.items())
-    rule = f"{args.lr} x {args.batch_size}/256 = {peak:.4g}"
+    size = args.batch_size // args.accum  # images of a micro-batch, over all processes
     chance = 4 * args.temperature * math.log(size)
-    text = f"loss 2 x 2 x {args.temperature} x ln({size}) = {chance:.2f}"
-    describe(args, data, loader, model, lr=rule, schedule=schedule, chance=text)
-    log = Logger(args, loader, total, step, chance=chance)
+    baseline = f"loss 2 x 2 x {args.temperature} x ln({size}) = {chance:.2f}"
+    net = run.start(model, optimizer, chance=chance, lr=rule, schedule=schedule, baseline=baseline)
 
-    def save():
-        save_run(args, step, len(data), model, optimizer, scaler, model.backbone, views[0])
-
-    def knn():
-        view = EvalView(args.image_size, mean=views[0].mean, std=views[0].std)
-        return knn_monitor(model.backbone, data, val, view, device, args.workers, amp)
-
-    if args.knn_every and not state:
-        log.note(0, **knn())
-    saved = time.monotonic()
-    for epoch in range(step // loader.steps, args.epochs):
-        batches = loader.epoch(epoch, start=step % loader.steps)
-        for step in range(step + 1, min((epoch + 1) * loader.steps, log.last) + 1):
-            lr = peak * cosine(step - 1, total, warmup)
+    for epoch in run.epochs():
+        for step, batches in run.steps(epoch):
+            lr = peak * cosine(step, run.total, run.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            model.update_target(key_momentum(step - 1, total, args.key_momentum))  # MoCo v3: before the step's keys
-            loss = 0.0
-            for _ in range(args.accum):
-                batch = next(batches)
-                if step == 1:
-                    save_views(f"{args.out}/views.png", batch)
+            model.update_target(target_momentum(step, run.total, args.key_momentum))  # MoCo v3: before its keys
+            for batch in batches:
                 x1, x2 = batch.views()
-                with amp:
-                    q1, q2, k1, k2 = net(x1, x2)
-                part = mocov3_loss(full(q1), full(q2), full(k1), full(k2), args.temperature) / args.accum  # MoCo v3
-                scaler.scale(part).backward()
-                loss = loss + part.detach()
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-
-            if log.due(step):
-                log.log(step, step / loader.steps, mean(loss).item(), lr, std=mean(output_std(q1)).item())
-                stop = log.stop.requested(device)
-                if stop or step == log.last or time.monotonic() - saved > 60 * args.save_every:
-                    save()
-                    saved = time.monotonic()
-                if stop:
-                    log.end(step)
-        whole = step == (epoch + 1) * loader.steps  # not cut short by --max-steps
-        if args.knn_every and whole and ((epoch + 1) % args.knn_every == 0 or epoch + 1 == args.epochs):
-            log.note(step, **knn())
-        if step >= log.last:
-            break
-    log.close()
-    finish()
+                q1, q2, k1, k2 = net(x1, x2)
+                run.backward(mocov3_loss(q1, q2, k1, k2, args.temperature))  # MoCo v3
+            run.update(optimizer)
+            run.log(lr, std=output_std(q1))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """ODC: Online Deep Clustering for Unsupervised Representation Learning (Zhan et al., CVPR 2020, 2006.10645).
 
 A memory holds a unit vector m_i and a cluster y_i of every image i, and the centroid c_j of each of the k clusters. The
-network has to tell the cluster of an image from one view of it, weighted as if large clusters were smaller. In the same
-step its feature f renews the memory, so clusters change a little all the time instead of all at once:
+network has to tell from one view of an image in which cluster y it is; large clusters count less. In the same step its
+feature f renews the memory, so clusters change a little all the time instead of all at once:
 L = -w ln softmax(W f)_y,  w ~ size(y)^-1/2;   m <- unit(m / 2 + unit(f) / 2);   y <- argmax over j of c_j . m.
-Every few steps centroids become the means of their clusters, and tiny clusters are emptied to split the largest ones.
+Every few steps centroids become the means of their clusters, and small clusters are emptied to split the largest ones.
 
     torchrun --nproc_per_node=8 odc.py --data /imagenet
     python odc.py --data digits --arch resnet18 --width 0.25 --batch-size 64 --epochs 40 --flip 0
@@ -15,16 +15,16 @@ of layer4, its best layer; k-NN top-1 39.1; linear SVM on VOC07 78.42 mAP. Ours:
 Memory at N = 1,281,167, D = 256 and k = 10000, on every GPU and in last.pt: vectors 1.31 GB, labels twice 10 MB,
 centroids 10 MB. k-means at the start takes 21 x 6.6 TFLOP, 14 s for one GPU that sustains 10 TFLOP/s, 2 s for eight.
 
-Small images (32 px; our choice); without --clusters, k is a hundredth of the images:
-    python odc.py --data cifar10 --arch resnet18 --batch-size 256 --epochs 200 --warmup-epochs 5
-Where clusters change for most images from epoch to epoch ("changed"), --memory-momentum 0.9 calms them.
+Small images (32 px; our choice): --image-size 32 --arch resnet18 --batch-size 256 --epochs 200 --warmup-epochs 5.
+Without --clusters, k is a hundredth of the images. Where the clusters of most images change from epoch to epoch
+("changed" in the log), --memory-momentum 0.9 slows them down.
 
 Deviations, where the paper leaves it open from MMSelfSup 0.11: an epoch is a permutation of the images, not draws with
 replacement; no rotations by up to 2 degrees; small clusters are handled when centroids are renewed, not in each step,
 and then all centroids are taken anew; clusters that 2-means cannot part are halved by position, not at random; loss
 weights have mean 1 over all images, not over the batch of a GPU; batch norm uses the statistics of the global batch;
-the learning rate falls after 10/11 of --epochs whatever their number; images of at most 64 pixels are cropped to a
-fifth of their area at least (not 0.08) and get a 3x3 stem.
+bf16 on CUDA; the learning rate falls after 10/11 of --epochs whatever their number; images of at most 64 pixels are
+cropped to at least a fifth of their area (not 0.08) and get a 3x3 stem.
 To hack: copy this file. What is ODC: the sections augmentation, model and loss, and the lines marked in main.
 """
 
@@ -40,74 +40,50 @@ import torch.nn.functional as F
 from sklearn.metrics import normalized_mutual_info_score
 from torch import nn
 
-from common.augment import EvalView, View, uniforms
-from common.checkpoint import init_from, resume, save_run
-from common.data import Loader, build, default_size, fit
-from common.distributed import finish, gather, gather_uneven, init, mean, parallel, rank, sync_batch_norm, world_size
+from common import rng
+from common.args import Parser, at_least, below_one, default_size, fail, positive, probability, share, width
+from common.augment import View
+from common.distributed import gather, gather_uneven, is_main, process_mean, rank, world_size
+from common.features import extract, output_std
+from common.files import atomic
 from common.kmeans import kmeans
-from common.knn import extract, knn_monitor
-from common.log import Logger, Parser, check_args, describe, fail, output_std, save_views
-from common.optim import full, precision
 from common.resnet import resnet
+from common.run import Run
 
 
 # -------------------------------------------------------------------------------------------------- arguments
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--data", required=True, help="folder or .tar of images, or digits, cifar10[:DIR], cifar100, stl10, fake[:N]"
-    )
-    group.add_argument("--train-list", help="list file of training images, 'relative/path[ label]' per line")
-    group.add_argument("--val-list", help="list file of validation images")
-    group.add_argument("--image-size", type=int, help="pixels of a view (default: 224, or what fits a small named set)")
-    group.add_argument("--crop-min", type=float, help="smallest share of the area in a crop (unset: 0.08, small: 0.2)")
-    group.add_argument("--flip", type=float, default=0.5, help="probability of a mirrored view")
-    group.add_argument("--channels", type=int, default=3, help="of the images; all can be made 1 or 3")
-    group.add_argument("--stats", choices=["imagenet", "auto"], help="normalisation (default: auto unless 3 channels)")
-    group.add_argument("--decode", choices=["cpu", "gpu"], default="cpu", help="gpu: JPEGs by nvJPEG, other rounding")
-    group.add_argument("--max-bad", type=int, default=100, help="stop after this many undecodable images")
+    parser.add_common(__file__)  # --data, --out, --resume, --seed ...: what is the same in every script
     group = parser.add_argument_group("ODC")
+    group.add_argument(
+        "--crop-min", type=share, help="smallest share of the image area in a crop (default 0.08; 0.2 up to 64 px)"
+    )
+    group.add_argument("--flip", type=probability, default=0.5, help="probability of a mirrored view")
     group.add_argument("--arch", default="resnet50", help="resnet18, 34, 50, 101 or 152")
-    group.add_argument("--width", type=float, default=1.0, help="multiplier of the backbone's channels")
-    group.add_argument("--hidden-dim", type=int, default=512, help="hidden width of the neck")
-    group.add_argument("--dim", type=int, default=256, help="features D, as kept in the memory")
-    group.add_argument("--dropout", type=float, default=0.5, help="share of the neck's hidden units switched off")
-    group.add_argument("--clusters", type=int, help="k (default: 10000, or a hundredth of the images)")
-    group.add_argument("--min-cluster", type=int, default=20, help="smaller clusters are dissolved (0: never)")
-    group.add_argument("--centroid-every", type=int, default=10, help="steps between new centroids")
-    group.add_argument("--memory-momentum", type=float, default=0.5, help="share of its old value in a row's update")
+    group.add_argument("--width", type=width, default=1.0, help="multiplier of the backbone's channels")
+    group.add_argument("--hidden-dim", type=positive(int), default=512, help="hidden width of the neck")
+    group.add_argument("--dim", type=positive(int), default=256, help="D, outputs of the neck, kept in the memory")
+    group.add_argument("--dropout", type=below_one, default=0.5, help="share of the neck's hidden units switched off")
+    group.add_argument("--clusters", type=at_least(2), help="k (default: 10000, or a hundredth of the images)")
+    group.add_argument("--min-cluster", type=at_least(0), default=20, help="smaller clusters are dissolved (0: never)")
+    group.add_argument("--centroid-every", type=positive(int), default=10, help="steps between new centroids")
+    group.add_argument("--memory-momentum", type=below_one, default=0.5, help="share of the old value in an update")
+    group.add_argument("--epochs", type=positive(int), default=440)
+    group.add_argument("--warmup-epochs", type=at_least(0), default=0)
+    group.add_argument(
+        "--batch-size", type=positive(int), default=512, help="images per step over all processes and --accum"
+    )
+    group.add_argument(
+        "--lr", type=positive(float), default=0.03, help="per 256 images: multiplied by batch-size / 256"
+    )
+    group.add_argument("--weight-decay", type=at_least(0, float), default=1e-5)
+    group.add_argument("--momentum", type=below_one, default=0.9)
+    group = parser.add_argument_group("output", recipe=False)
     group.add_argument("--dump-clusters", metavar="FILE", help="CSV (path,cluster), written anew after each epoch")
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=int, default=440)
-    group.add_argument("--warmup-epochs", type=int, default=0)
-    group.add_argument("--batch-size", type=int, default=512, help="images per step over all processes and --accum")
-    group.add_argument("--accum", type=int, default=1, help="micro-batches per step")
-    group.add_argument("--lr", type=float, default=0.03, help="per 256 images: multiplied by batch-size / 256")
-    group.add_argument("--weight-decay", type=float, default=1e-5)
-    group.add_argument("--momentum", type=float, default=0.9)
-    group = parser.add_argument_group("run")
-    group.add_argument("--out", default=f"runs/{Path(__file__).stem}", help="run folder")
-    group.add_argument("--resume", action="store_true", default=True, help="continue from last.pt in --out")
-    group.add_argument("--no-resume", dest="resume", action="store_false", help="start again, overwriting --out")
-    group.add_argument("--init", help="weights to start from, with a fresh schedule")
-    group.add_argument("--max-steps", type=int, default=0, help="stop after this many steps, keeping the schedule")
-    group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--workers", type=int, default=8, help="loading threads per process")
-    group.add_argument("--device", default="auto")
-    group.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16", "fp64"], default="auto")
-    group.add_argument("--compile", action="store_true", help="torch.compile the model")
-    group.add_argument("--log-every", type=int, default=20, help="steps")
-    group.add_argument("--save-every", type=float, default=10, help="minutes")
-    group.add_argument("--knn-every", type=int, default=10, help="epochs between k-NN accuracies (0: never)")
     args = parser.parse_args(argv)
     args.image_size = args.image_size or default_size(args.data)
     args.crop_min = (0.2 if args.image_size <= 64 else 0.08) if args.crop_min is None else args.crop_min
-    for name, low in {"clusters": 2, "min_cluster": 0, "centroid_every": 1}.items():
-        if getattr(args, name) is not None and getattr(args, name) < low:
-            parser.error(f"--{name.replace('_', '-')} must be at least {low}, not {getattr(args, name)}")
-    if not (0 <= args.dropout < 1 and 0 <= args.memory_momentum < 1 and min(args.dim, args.hidden_dim) > 0):
-        parser.error("--dropout and --memory-momentum must be in [0, 1), --dim and --hidden-dim at least 1")
     if args.dump_clusters and not Path(args.dump_clusters).absolute().parent.is_dir():
         parser.error(f"--dump-clusters {args.dump_clusters}: its folder does not exist")
     return args
@@ -117,7 +93,7 @@ def parse_args(argv=None):
 def augmentation(size, crop_min=0.08, flip=0.5):
     """One view per image, in colour: crop, flip, a jitter that is always applied, grey (MMSelfSup 0.11)."""
     jitter = (0.4, 0.4, 1.0, 0.5)
-    return [View(size=size, crop=(crop_min, 1.0), flip=flip, jitter=jitter, jitter_p=1.0, gray_p=0.2)]
+    return [View(size=size, area=(crop_min, 1.0), flip=flip, jitter=jitter, jitter_p=1.0, gray_p=0.2)]
 
 
 # ------------------------------------------------------------------------------------------------------ model
@@ -183,10 +159,10 @@ class ODC(nn.Module):
     @torch.no_grad()
     def recentre(self):
         """Centroids become the means of their clusters; empty clusters keep theirs."""
-        labels, features = share(self.labels), share(self.features)
+        labels, features = own_share(self.labels), own_share(self.features)
         sums = torch.zeros_like(self.centroids).index_add_(0, labels, features)
         counts = sums.new_zeros(len(sums)).index_add_(0, labels, torch.ones_like(features[:, 0]))
-        sums, counts = mean(torch.cat([sums, counts[:, None]], 1)).split([self.dim, 1], dim=1)
+        sums, counts = process_mean(torch.cat([sums, counts[:, None]], 1)).split([self.dim, 1], dim=1)
         self.centroids.copy_(torch.where(counts > 0, sums / counts, self.centroids))
 
     @torch.no_grad()
@@ -196,20 +172,20 @@ class ODC(nn.Module):
         small = self.sizes() < min_cluster
         moved = small[self.labels].nonzero().flatten()
         if len(moved):
-            parts = (self.features[rows] @ self.centroids.T for rows in share(moved).split(4096))
+            parts = (self.features[rows] @ self.centroids.T for rows in own_share(moved).split(4096))
             targets = [scores.masked_fill_(small, -torch.inf).argmax(1) for scores in parts]
             self.labels[moved] = gather_uneven(torch.cat(targets))
         for empty in small.nonzero().flatten().tolist():
             largest = int(self.sizes().cpu().numpy().argmax())  # NumPy takes the first one of equally large ones
             members = (self.labels == largest).nonzero().flatten()
-            second = gather_uneven(kmeans(self.features[share(members)], 2).assignments) == 1
+            second = gather_uneven(kmeans(self.features[own_share(members)], 2).assignments) == 1
             if second.all() or not second.any():  # equal features
                 second = torch.arange(len(members), device=members.device) % 2 == 1
             self.labels[members[second]] = empty
         return int(small.sum())
 
 
-def share(rows):
+def own_share(rows):
     """The part of rows (N, ...), which all processes hold, that this one works on; the parts follow in rank order."""
     return rows[len(rows) * rank() // world_size() : len(rows) * (rank() + 1) // world_size()]
 
@@ -219,15 +195,14 @@ def dropout(seed, step, batch, units, p, accum, device):
 
     Drawn for the global batch, of which each process takes its rows: they depend on (seed, step, place in the batch).
     """
-    number = int(uniforms(seed, step, [0], 101, 1).item() * 2**53)
-    generator = torch.Generator(device).manual_seed(number)
+    generator = torch.Generator(device).manual_seed(*rng.seeds(seed, step, 1, rng.DROPOUT))
     keep = (torch.rand(batch, units, generator=generator, device=device) >= p) / (1 - p)
     return keep.split(batch // (world_size() * accum))[rank() :: world_size()]
 
 
 # ------------------------------------------------------------------------------------------------------- loss
 def cluster_count(clusters, images, min_cluster):
-    """k; None becomes 10000 (MMSelfSup 0.11), 128 images per cluster of ImageNet, or what smaller sets can bear."""
+    """k; None becomes 10000 (MMSelfSup 0.11), 128 images per cluster of ImageNet, or a hundredth of a smaller set."""
     if clusters is not None and clusters > images:
         fail(f"--clusters {clusters} for {images} images: use at most {max(2, images // 10)}, ten images per cluster")
     k = clusters or max(2, min(10000, images // 100))
@@ -248,128 +223,77 @@ def odc_loss(logits, labels, sizes):
 
 # --------------------------------------------------------------------------------------------------- training
 def cluster_report(labels, previous=None, truth=None):
-    """How the clusters (N,) are: number in use, share of the largest, share of images that have changed theirs since
-    the previous epoch, normalised mutual information (1: the same division, 0: unrelated) with that epoch's clusters
-    and with true classes, -1 standing for unknown."""
+    """What the clusters (N,) are like: number in use, share of the largest, normalised mutual information (1: the same
+    division, 0: unrelated) with those of the previous epoch and with true classes, where -1 means unknown."""
     counts = np.bincount(labels)
     report = {"clusters": int((counts > 0).sum()), "largest": round(counts.max() / len(labels), 4)}
     if previous is not None:
-        report["changed"] = round(float((labels != previous).mean()), 4)
         report["nmi_previous"] = round(float(normalized_mutual_info_score(previous, labels)), 4)
     if truth is not None:
         report["nmi_labels"] = round(float(normalized_mutual_info_score(truth[truth >= 0], labels[truth >= 0])), 4)
     return report
 
 
+def dump_clusters(path, data, labels):
+    """Writes path,cluster of all images, from the main process. path None: does nothing."""
+    if path and is_main():
+        with atomic(path) as temporary, open(temporary, "w", newline="", errors="surrogateescape") as file:
+            file.write("path,cluster\r\n")
+            csv.writer(file).writerows((data.path(i), label) for i, label in enumerate(labels.tolist()))
+
+
 def main(args):
-    device = init(args.device)
-    check_args(args)
-    torch.manual_seed(args.seed)
-    amp, scaler, dtype = precision(args.precision, device)
-
-    data = build(args.data, "train", args.train_list, channels=args.channels)
-    val = build(args.data, "val", args.val_list, required=False, channels=args.channels)
-    views = fit(augmentation(args.image_size, args.crop_min, args.flip), data, args.stats, args.workers)
-    settings = {k: getattr(args, k) for k in ("seed", "workers", "accum", "max_bad", "decode")}
-    loader = Loader(data, views, args.batch_size, device=device, dtype=dtype, **settings)
-    noise = (args.batch_size, args.hidden_dim, args.dropout, args.accum, device)
-    total, warmup = args.epochs * loader.steps, args.warmup_epochs * loader.steps
-
+    run = Run(args)
+    data = run.open(augmentation(args.image_size, args.crop_min, args.flip))
     backbone = resnet(args.arch, args.width, args.image_size, channels=args.channels)
     k = cluster_count(args.clusters, len(data), args.min_cluster)
-    model = ODC(backbone, len(data), k, args.hidden_dim, args.dim)
-    model = sync_batch_norm(model.to(device, dtype, memory_format=torch.channels_last))
-    if args.init:
-        init_from(args.init, model)
+    model = run.place(ODC(backbone, len(data), k, args.hidden_dim, args.dim))
     peak = args.lr * args.batch_size / 256
     groups = [  # ODC: the classifier, whose targets keep changing, has no momentum (MMSelfSup 0.11)
         {"params": [p for name, p in model.named_parameters() if not name.startswith("head.")]},
         {"params": [*model.head.parameters()], "momentum": 0.0},
     ]
     optimizer = torch.optim.SGD(groups, lr=peak, momentum=args.momentum, weight_decay=args.weight_decay)
-    state = resume(args, len(data), model, optimizer, scaler)
-    step = state["step"] if state else 0
-    net = parallel(model)
-    net = torch.compile(net) if args.compile else net
-
-    lines = {"chance": f"loss ln({k}) = {math.log(k):.2f}"}
+    lines = {"lr": f"{args.lr} x {args.batch_size}/256 = {peak:.4g}", "baseline": f"loss ln({k}) = {math.log(k):.2f}"}
     lines["clusters"] = f"{k}{'' if args.clusters or k == 10000 else ' (a hundredth of the images)'}"
-    describe(args, data, loader, model, lr=f"{args.lr} x {args.batch_size}/256 = {peak:.4g}", **lines)
-    log = Logger(args, loader, total, step, chance=math.log(k))
-
-    def save():
-        save_run(args, step, len(data), model, optimizer, scaler, model.backbone, views[0])
-
-    view = EvalView(args.image_size, mean=views[0].mean, std=views[0].std)
-
-    def knn():
-        return knn_monitor(model.backbone, data, val, view, device, args.workers, amp)
+    net = run.start(model, optimizer, chance=math.log(k), **lines)
 
     def report(previous=None, **more):
-        labels, previous = model.labels.cpu().numpy(), None if previous is None else previous.cpu().numpy()
-        log.note(step, **cluster_report(labels, previous, data.labels), **more)
-        if args.dump_clusters and rank() == 0:
-            with open(f"{args.dump_clusters}.tmp", "w", newline="", errors="surrogateescape") as file:
-                rows = ((data.path(i), label) for i, label in enumerate(labels.tolist()))
-                csv.writer(file).writerows([("path", "cluster"), *rows])
-            Path(f"{args.dump_clusters}.tmp").replace(args.dump_clusters)
+        labels = model.labels.cpu().numpy()
+        more |= {} if previous is None else {"changed": round(float((labels != previous).mean()), 4)}
+        run.note(**cluster_report(labels, previous, data.labels), **more)
+        dump_clusters(args.dump_clusters, data, labels)
 
-    if not state:  # ODC
-        clock, seeds = time.monotonic(), uniforms(args.seed, 0, [0], 100, 2)[0] * 2**53
-        features, _ = extract(model, data, view, device, args.workers, amp=amp, everywhere=False)
-        model.start(features.to(dtype), seeds.astype(np.int64).tolist())
+    if not run.resumed:  # ODC: memories and classifier start from k-means
+        clock, rest = time.monotonic(), {"workers": args.workers, "amp": run.amp, "everywhere": False}
+        features, _ = extract(model, data, run.view, run.device, **rest)
+        model.start(features.to(run.dtype), rng.seeds(args.seed, 0, 2))
         report(seconds=round(time.monotonic() - clock, 1))
-    if args.knn_every and not state:
-        log.note(0, **knn())
-    saved = time.monotonic()
-    for epoch in range(step // loader.steps, args.epochs):
-        if step == epoch * loader.steps:  # ODC: else resumed within an epoch, which knows how it began
+
+    noise = (args.batch_size, args.hidden_dim, args.dropout, args.accum, run.device)
+    for epoch in run.epochs():
+        if run.epoch_done:  # ODC: else resumed within an epoch, with the labels at its beginning
             model.previous.copy_(model.labels)
-        batches = loader.epoch(epoch, start=step % loader.steps)
-        for step in range(step + 1, min((epoch + 1) * loader.steps, log.last) + 1):
-            lr = peak * (0.4 if 11 * (step - 1) >= 10 * total else 1.0)  # ODC: for the last 40 of 440 epochs
-            lr = lr if step > warmup else peak * (step - 1) / warmup
+        for step, batches in run.steps(epoch):
+            lr = peak * (0.4 if 11 * step >= 10 * run.total else 1.0)  # ODC: for the last 40 of 440 epochs
+            lr = lr if step >= run.warmup else peak * step / run.warmup
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            loss = 0.0
-            seen, sizes, masks = [], model.sizes(), iter(dropout(args.seed, step, *noise))  # ODC
-            for _ in range(args.accum):
-                batch = next(batches)
-                if step == 1:
-                    save_views(f"{args.out}/views.png", batch)
+            seen, sizes = [], model.sizes()
+            for batch, keep in zip(batches, dropout(args.seed, step + 1, *noise), strict=True):  # ODC
                 (x,) = batch.views()
-                with amp:
-                    f, logits = net(x, next(masks).to(dtype))
-                part = odc_loss(full(logits), model.labels[batch.indices], sizes) / args.accum  # ODC
-                scaler.scale(part).backward()
-                loss = loss + part.detach()
-                seen.append((batch.indices, full(f.detach())))
+                f, logits = net(x, keep.to(run.dtype))
+                run.backward(odc_loss(logits, model.labels[batch.indices], sizes))  # ODC
+                seen.append((batch.indices, f.detach()))
+            run.update(optimizer)
             model.update(*map(torch.cat, zip(*seen, strict=True)), args.memory_momentum)  # ODC
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-            if step % args.centroid_every == 0:  # ODC
+            if (step + 1) % args.centroid_every == 0:  # ODC
                 model.recentre()
                 if model.refill(args.min_cluster):
                     model.recentre()
-
-            if log.due(step):
-                log.log(step, step / loader.steps, mean(loss).item(), lr, std=mean(output_std(f)).item())
-                stop = log.stop.requested(device)
-                if stop or step == log.last or time.monotonic() - saved > 60 * args.save_every:
-                    save()
-                    saved = time.monotonic()
-                if stop:
-                    log.end(step)
-        whole = step == (epoch + 1) * loader.steps  # not cut short by --max-steps
-        if whole:
-            report(model.previous)
-        if args.knn_every and whole and ((epoch + 1) % args.knn_every == 0 or epoch + 1 == args.epochs):
-            log.note(step, **knn())
-        if step >= log.last:
-            break
-    log.close()
-    finish()
+            run.log(lr, std=output_std(f))
+        if run.epoch_done:
+            report(model.previous.cpu().numpy())
 
 
 if __name__ == "__main__":

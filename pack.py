@@ -1,7 +1,8 @@
 """Packs folders of images into tar archives, which every script reads in any order: --data FOLDER_OF_THE_ARCHIVES.
 
-One large file instead of a million small ones: copying is fast, network disks are not asked for each image, and the
-index that is written beside each archive (train.tar.index.npz) lets a run start at once. Names and class folders stay.
+One large file instead of a million small ones: it is copied fast, a network disk opens one file instead of one per
+image, and the index written beside each archive (train.tar.index.npz) lets a run start at once. Names and class folders
+stay.
 
     python pack.py /imagenet --out /fast/imagenet                   # train.tar and val.tar, the files as they are
     python pack.py /imagenet --out /fast/imagenet256 --resize 256   # shorter side at most 256 pixels
@@ -22,20 +23,24 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from common.archive import archive_index
-from common.data import EXTENSIONS, SPLITS, scan
-from common.log import Parser, fail
+from common.args import Parser, at_least, fail, positive
+from common.datasets import SPLITS, scan_images
+from common.files import atomic
+from common.images import EXTENSIONS
+from common.log import bar
 
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("folder", help="folder with train/ and val/, or of images")
     parser.add_argument("--out", required=True, help="folder of the archives")
-    parser.add_argument("--resize", type=int, default=0, help="most pixels of the shorter side (0: copy the files)")
-    parser.add_argument("--quality", type=int, default=90, help="of JPEG, with --resize")
-    parser.add_argument("--workers", type=int, default=8, help="threads")
+    text = "most pixels of the shorter side, at least 8 (0: copy the files)"
+    parser.add_argument("--resize", type=at_least(0), default=0, help=text)
+    parser.add_argument("--quality", type=positive(int, 100), default=90, help="of JPEG, with --resize, up to 100")
+    parser.add_argument("--workers", type=positive(int, 1000), default=8, help="threads")
     args = parser.parse_args(argv)
-    if (args.resize and args.resize < 8) or args.resize < 0 or not 1 <= args.quality <= 100 or args.workers < 1:
-        parser.error("--resize must be 0 or at least 8, --quality 1 to 100, --workers at least 1")
+    if 0 < args.resize < 8:
+        parser.error(f"--resize {args.resize} must be 0 or at least 8")
     return args
 
 
@@ -63,14 +68,15 @@ def encode(path, resize, quality):
 
 def pack(folder, target, args):
     """Writes all images below folder into the archive target. Returns (images, files left out)."""
-    names, _ = scan(folder)
+    names, _ = scan_images(folder)
     if not names:
         fail(f"no images in {folder}: expected files ending in {' '.join(EXTENSIONS)}")
-    temporary, bad, seen = target.with_suffix(".tar.tmp"), 0, set()
+    bad, seen = 0, set()
     with (
+        atomic(target) as temporary,
         concurrent.futures.ThreadPoolExecutor(args.workers) as threads,
         tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT) as archive,
-        tqdm(total=len(names), desc=target.name, unit="image", disable=not sys.stderr.isatty()) as bar,
+        bar(name=target.name, total=len(names), unit="image") as progress,
     ):
         waiting, left = collections.deque(), iter(names)
         while True:
@@ -79,7 +85,7 @@ def pack(folder, target, args):
             if not waiting:
                 break
             name, job = waiting.popleft()
-            bar.update()
+            progress.update()
             try:
                 data, suffix = job.result()
             except Exception as error:  # decoders raise a dozen kinds
@@ -93,10 +99,8 @@ def pack(folder, target, args):
             member = tarfile.TarInfo(packed)
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))
-    if bad == len(names):
-        temporary.unlink()
-        fail(f"none of the {bad} images in {folder} can be decoded")
-    temporary.replace(target)
+        if bad == len(names):
+            fail(f"none of the {bad} images in {folder} can be decoded")
     archive_index(target, EXTENSIONS)
     return len(names) - bad, bad
 
@@ -108,8 +112,7 @@ def main(args):
     out.mkdir(parents=True, exist_ok=True)
     parts = {}
     for split, folders in SPLITS.items():
-        found = next((root / f for f in folders if (root / f).is_dir()), None)
-        if found:
+        if found := next((root / f for f in folders if (root / f).is_dir()), None):
             parts[split] = found
     for split, folder in (parts or {"train": root}).items():
         target = out / f"{split}.tar"

@@ -1,87 +1,71 @@
 """SimCLR: A Simple Framework for Contrastive Learning of Visual Representations (Chen et al., ICML 2020, 2002.05709).
 
-Two views of each of B images; every one of the 2B projections has to pick its partner among the other 2B - 1:
-L = mean over anchors i of  -log [ exp(cos(z_i, z_j) / T) / sum_{k != i} exp(cos(z_i, z_k) / T) ].
+Two views of each of B images pass one network; every one of the 2B projections has to pick its partner among the other
+2B - 1:  L = mean over anchors i of  -log [ exp(cos(z_i, z_j) / T) / sum_{k != i} exp(cos(z_i, z_k) / T) ].
 
     torchrun --nproc_per_node=8 simclr.py --data /imagenet
     python simclr.py --data digits --arch resnet18 --width 0.25 --batch-size 128 --lr-rule sqrt --epochs 40 --flip 0
 
 Published, ResNet-50 on ImageNet, linear top-1: 69.1 (released weights, 1000 epochs, batch 4096), about 64.5 after 100
-epochs (official README); 66.66 in MMSelfSup 0.11 (200 epochs, batch 4096). Ours: not run.
+epochs with weight decay 1e-4 and a projector of 3 layers, which is not in this file (official README); 66.66 in
+MMSelfSup 0.11 (200 epochs, batch 4096). Ours: not run.
 
 Small images (paper, appendix B.9; 32 px): --image-size 32 --arch resnet18 --batch-size 512 --lr 1 --temperature 0.5
 --color-strength 0.5. With batches below about 1024 use --lr-rule sqrt (appendix B.1).
 
-Deviations from the paper: brightness jitter multiplies (as in the SimCLR v2 code); convolutions start from He's
-initialisation; the blur's sigma is drawn per image, not per batch; images of at most 64 pixels are not blurred, are
-cropped to a fifth of their area at least (the paper has 0.08), and get a 3x3 stem.
+--scale-loss: L is the paper's mean over 2B anchors; the official code adds the means of both directions, 2 L. LARS
+removes this factor from the steps of the weights, not from those of biases and norms, which --scale-loss 2 makes as
+large as the official ones. The loss shown is L itself.
+
+Deviations from the paper: crops, bicubic interpolation, saturation, contrast and the blur's borders are torchvision's,
+not TensorFlow's; the brightness jitter multiplies (as in the SimCLR v2 code); convolutions start from He's
+initialisation; the blur's sigma is drawn per image, not per batch; bf16 on CUDA, the loss in fp32; images of at most 64
+pixels are not blurred, are cropped to a fifth of their area at least (0.08 in the paper), and get a 3x3 stem.
 To hack: copy this file. What is SimCLR: the sections augmentation, model and loss, and the lines marked in main.
 """
 
 import math
 import sys
-import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.augment import EvalView, View
-from common.checkpoint import init_from, resume, save_run
-from common.data import Loader, build, default_size, fit
-from common.distributed import finish, gather, init, mean, parallel, rank, sync_batch_norm
-from common.knn import knn_monitor
-from common.log import Logger, Parser, check_args, describe, output_std, save_views
-from common.optim import LARS, cosine, full, param_groups, precision
+from common.args import Parser, at_least, below_one, default_size, positive, probability, share, width
+from common.augment import View
+from common.distributed import gather, rank
+from common.features import output_std
+from common.optim import LARS, cosine, param_groups
 from common.resnet import resnet
+from common.run import Run
 
 
 # -------------------------------------------------------------------------------------------------- arguments
 def parse_args(argv=None):
     parser = Parser(__doc__)
-    group = parser.add_argument_group("data")
-    group.add_argument(
-        "--data", required=True, help="folder or .tar of images, or digits, cifar10[:DIR], cifar100, stl10, fake[:N]"
-    )
-    group.add_argument("--train-list", help="list file of training images, 'relative/path[ label]' per line")
-    group.add_argument("--val-list", help="list file of validation images")
-    group.add_argument("--image-size", type=int, help="pixels of a view (default: 224, or what fits a small named set)")
-    group.add_argument("--crop-min", type=float, help="smallest share of the area in a crop (unset: 0.08, small: 0.2)")
-    group.add_argument("--flip", type=float, default=0.5, help="probability of a mirrored view")
-    group.add_argument("--channels", type=int, default=3, help="of the images; all can be made 1 or 3")
-    group.add_argument("--stats", choices=["imagenet", "auto"], help="normalisation (default: auto unless 3 channels)")
-    group.add_argument("--decode", choices=["cpu", "gpu"], default="cpu", help="gpu: JPEGs by nvJPEG, other rounding")
-    group.add_argument("--max-bad", type=int, default=100, help="stop after this many undecodable images")
+    parser.add_common(__file__)  # --data, --out, --resume, --seed ...: what is the same in every script
     group = parser.add_argument_group("SimCLR")
+    group.add_argument(
+        "--crop-min", type=share, help="smallest share of the image area in a crop (default 0.08; 0.2 up to 64 px)"
+    )
+    group.add_argument("--flip", type=probability, default=0.5, help="probability of a mirrored view")
     group.add_argument("--arch", default="resnet50", help="resnet18, 34, 50, 101 or 152")
-    group.add_argument("--width", type=float, default=1.0, help="multiplier of the backbone's channels")
-    group.add_argument("--dim", type=int, default=128, help="outputs of the projector g")
-    group.add_argument("--temperature", type=float, default=0.1, help="tau; 0.5 is better on CIFAR-10")
-    group.add_argument("--color-strength", type=float, default=1.0, help="s of the colour distortion; 0.5 on CIFAR-10")
-    group = parser.add_argument_group("optimisation")
-    group.add_argument("--epochs", type=int, default=1000)
-    group.add_argument("--warmup-epochs", type=int, default=10)
-    group.add_argument("--batch-size", type=int, default=4096, help="images per step over all processes and --accum")
-    group.add_argument("--accum", type=int, default=1, help="micro-batches per step")
-    group.add_argument("--lr", type=float, default=0.3, help="per 256 images: multiplied by batch-size / 256")
+    group.add_argument("--width", type=width, default=1.0, help="multiplier of the backbone's channels")
+    group.add_argument("--dim", type=positive(int), default=128, help="outputs of the projector g")
+    group.add_argument("--temperature", type=positive(float), default=0.1, help="T; 0.5 is better on CIFAR-10")
+    group.add_argument(
+        "--color-strength", type=at_least(0, float), default=1.0, help="s of the colour distortion; 0.5 on CIFAR-10"
+    )
+    group.add_argument("--scale-loss", type=positive(float), default=1.0, help="2 as in the official code")
+    group.add_argument("--epochs", type=positive(int), default=1000)
+    group.add_argument("--warmup-epochs", type=at_least(0), default=10)
+    group.add_argument(
+        "--batch-size", type=positive(int), default=4096, help="images per step over all processes and --accum"
+    )
+    group.add_argument("--lr", type=positive(float), default=0.3, help="per 256 images: multiplied by batch-size / 256")
     group.add_argument("--lr-rule", choices=["linear", "sqrt"], default="linear", help="sqrt: lr/4 * sqrt(batch-size)")
-    group.add_argument("--weight-decay", type=float, default=1e-6)
-    group.add_argument("--momentum", type=float, default=0.9)
-    group = parser.add_argument_group("run")
-    group.add_argument("--out", default=f"runs/{Path(__file__).stem}", help="run folder")
-    group.add_argument("--resume", action="store_true", default=True, help="continue from last.pt in --out")
-    group.add_argument("--no-resume", dest="resume", action="store_false", help="start again, overwriting --out")
-    group.add_argument("--init", help="weights to start from, with a fresh schedule")
-    group.add_argument("--max-steps", type=int, default=0, help="stop after this many steps, keeping the schedule")
-    group.add_argument("--seed", type=int, default=0)
-    group.add_argument("--workers", type=int, default=8, help="loading threads per process")
-    group.add_argument("--device", default="auto")
-    group.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16", "fp64"], default="auto")
-    group.add_argument("--compile", action="store_true", help="torch.compile the model")
-    group.add_argument("--log-every", type=int, default=20, help="steps")
-    group.add_argument("--save-every", type=float, default=10, help="minutes")
-    group.add_argument("--knn-every", type=int, default=10, help="epochs between k-NN accuracies (0: never)")
+    group.add_argument("--weight-decay", type=at_least(0, float), default=1e-6)
+    group.add_argument("--momentum", type=below_one, default=0.9)
     args = parser.parse_args(argv)
     args.image_size = args.image_size or default_size(args.data)
     args.crop_min = (0.2 if args.image_size <= 64 else 0.08) if args.crop_min is None else args.crop_min
@@ -93,7 +77,7 @@ def augmentation(size, crop_min=0.08, flip=0.5, strength=1.0):
     """Both views alike: crop, flip, colour distortion of strength s, blur (appendix A). Pixels stay in [0, 1]."""
     view = View(
         size=size,
-        crop=(crop_min, 1.0),
+        area=(crop_min, 1.0),
         interpolation="bicubic",
         flip=flip,
         jitter=(0.8 * strength, 0.8 * strength, 0.8 * strength, 0.2 * strength),
@@ -155,84 +139,30 @@ def nt_xent(z1, z2, temperature):
 
 # --------------------------------------------------------------------------------------------------- training
 def main(args):
-    device = init(args.device)
-    check_args(args)
-    torch.manual_seed(args.seed)
-    amp, scaler, dtype = precision(args.precision, device)
-
-    data = build(args.data, "train", args.train_list, channels=args.channels)
-    val = build(args.data, "val", args.val_list, required=False, channels=args.channels)
-    views = augmentation(args.image_size, args.crop_min, args.flip, args.color_strength)
-    views = fit(views, data, args.stats, args.workers)
-    settings = {k: getattr(args, k) for k in ("seed", "workers", "accum", "max_bad", "decode")}
-    loader = Loader(data, views, args.batch_size, device=device, dtype=dtype, **settings)
-    total, warmup = args.epochs * loader.steps, args.warmup_epochs * loader.steps
-
+    run = Run(args)
+    run.open(augmentation(args.image_size, args.crop_min, args.flip, args.color_strength))
     backbone = resnet(args.arch, args.width, args.image_size, zero_init_residual=True, channels=args.channels)
-    model = SimCLR(backbone, args.dim)
-    model = sync_batch_norm(model.to(device, dtype, memory_format=torch.channels_last))
-    if args.init:
-        init_from(args.init, model)
+    model = run.place(SimCLR(backbone, args.dim))
     linear = args.lr_rule == "linear"
     peak = args.lr * args.batch_size / 256 if linear else args.lr / 4 * math.sqrt(args.batch_size)
     optimizer = LARS(param_groups(model, args.weight_decay), lr=peak, momentum=args.momentum)
-    state = resume(args, len(data), model, optimizer, scaler)
-    step = state["step"] if state else 0
-    net = parallel(model)
-    net = torch.compile(net) if args.compile else net
-
     rule = f"{args.lr} x {args.batch_size}/256" if linear else f"{args.lr}/4 x sqrt({args.batch_size})"
     candidates = 2 * args.batch_size // args.accum - 1
-    chance = f"loss ln({candidates}) = {math.log(candidates):.2f}"
-    describe(args, data, loader, model, lr=f"{rule} = {peak:.4g}", chance=chance)
-    log = Logger(args, loader, total, step, chance=math.log(candidates))
+    chance = math.log(candidates)
+    baseline = f"loss ln({candidates}) = {chance:.2f}"
+    net = run.start(model, optimizer, chance=chance, lr=f"{rule} = {peak:.4g}", baseline=baseline)
 
-    def save():
-        save_run(args, step, len(data), model, optimizer, scaler, model.backbone, views[0])
-
-    def knn():
-        view = EvalView(args.image_size, mean=views[0].mean, std=views[0].std)
-        return knn_monitor(model.backbone, data, val, view, device, args.workers, amp)
-
-    if args.knn_every and not state:
-        log.note(0, **knn())
-    saved = time.monotonic()
-    for epoch in range(step // loader.steps, args.epochs):
-        batches = loader.epoch(epoch, start=step % loader.steps)
-        for step in range(step + 1, min((epoch + 1) * loader.steps, log.last) + 1):
-            lr = peak * cosine(step - 1, total, warmup)
+    for epoch in run.epochs():
+        for step, batches in run.steps(epoch):
+            lr = peak * cosine(step, run.total, run.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            loss = 0.0
-            for _ in range(args.accum):
-                batch = next(batches)
-                if step == 1:
-                    save_views(f"{args.out}/views.png", batch)
+            for batch in batches:
                 x1, x2 = batch.views()
-                with amp:
-                    z1, z2 = net(x1, x2)
-                part = nt_xent(full(z1), full(z2), args.temperature) / args.accum  # SimCLR
-                scaler.scale(part).backward()
-                loss = loss + part.detach()
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad()
-
-            if log.due(step):
-                log.log(step, step / loader.steps, mean(loss).item(), lr, std=mean(output_std(z1)).item())
-                stop = log.stop.requested(device)
-                if stop or step == log.last or time.monotonic() - saved > 60 * args.save_every:
-                    save()
-                    saved = time.monotonic()
-                if stop:
-                    log.end(step)
-        whole = step == (epoch + 1) * loader.steps  # not cut short by --max-steps
-        if args.knn_every and whole and ((epoch + 1) % args.knn_every == 0 or epoch + 1 == args.epochs):
-            log.note(step, **knn())
-        if step >= log.last:
-            break
-    log.close()
-    finish()
+                z1, z2 = net(x1, x2)
+                run.backward(nt_xent(z1, z2, args.temperature), args.scale_loss)  # SimCLR
+            run.update(optimizer)
+            run.log(lr, std=output_std(z1))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ on one thread of the CPU: there, two runs of one command agree bit for bit in th
 """
 
 import argparse
-import os
 import random
 import shutil
 import subprocess
@@ -21,18 +20,18 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tests.helpers import ROOT, SCRIPTS, flags, records, state, tensors
+from tests.helpers import ROOT, SCRIPTS, environment, flags, records, start_of, state, tensors
 
 
 def start(words):
-    return subprocess.Popen(
-        [sys.executable, *words],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    """Starts a script in a process of its own. Its stdout has everything that it prints."""
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(start_of(*words), cwd=ROOT, env=environment(), **output)
+
+
+def step_of(line):
+    """The step of a line of a run, as text; None if the line is of something else."""
+    return line.split("  step ")[1].split("/")[0] if "  step " in line else None
 
 
 def killed_run(words, kills, draw):
@@ -48,8 +47,8 @@ def killed_run(words, kills, draw):
             time.sleep(draw.uniform(0, 4))
         else:
             for line in process.stdout:
-                if "  step " in line:
-                    step, lines = line.split("  step ")[1].split("/")[0], lines - 1
+                if step_of(line):
+                    step, lines = step_of(line), lines - 1
                 if not lines:
                     time.sleep(draw.expovariate(20))
                     break

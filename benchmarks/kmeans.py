@@ -4,16 +4,11 @@
 
 Each does 5 iterations and one last assignment from the same initial centroids, on all points. Before timing,
 the inertias (computed here, in float64, from the centroids and labels that each returned) must agree within
-0.5 %. Then the repeats are interleaved, their order turning, so that a drift of the machine hits all alike.
-faiss-cpu is needed by nothing else (`pip install faiss-cpu`); without it its row is left out.
+0.5 %. faiss-cpu is needed by nothing else (`pip install faiss-cpu`); without it its row is left out.
 """
 
-import argparse
-import os
-import platform
 import statistics
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +17,7 @@ import torch
 from sklearn.cluster import KMeans
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.timing import clock, machine, measure, parser, speed, table
 from common.kmeans import kmeans
 
 
@@ -40,7 +36,7 @@ def mixture(rows, dim, components, seed=0, step=4096):
 
 
 def memory(field):
-    """VmRSS (now) or VmHWM (peak) of this process in MB, where Linux tells; else None."""
+    """VmRSS (now) or VmHWM (peak) of this process in MB; None where there is no /proc."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -74,29 +70,16 @@ def inertia(x, centroids, labels):
     return sum((part.double() - centroids[label].double()).square().sum().item() for part, label in parts)
 
 
-def machine():
-    model = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"machine: {model}, {cores} cores, {torch.get_num_threads()} threads, {platform.system()}"
-
-
 def main():
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("--rows", type=int, default=100_000)
-    parser.add_argument("--dim", type=int, default=256)
-    parser.add_argument("--clusters", type=int, default=1000)
-    parser.add_argument("--iterations", type=int, default=5)
-    parser.add_argument("--repeats", type=int, default=7)
-    args = parser.parse_args()
+    flags = parser(__doc__, repeats=7, device=False)
+    flags.add_argument("--rows", type=int, default=100_000)
+    flags.add_argument("--dim", type=int, default=256)
+    flags.add_argument("--clusters", type=int, default=1000)
+    flags.add_argument("--iterations", type=int, default=5)
+    args = flags.parse_args()
 
     print(machine())
-    versions = {"torch": torch.__version__, "scikit-learn": sklearn.__version__, "numpy": np.__version__}
+    versions = {"scikit-learn": sklearn.__version__, "numpy": np.__version__}
     methods = {"ours": ours}
     try:
         import faiss
@@ -124,23 +107,12 @@ def main():
         if not abs(difference) <= 0.005:
             sys.exit(f"error: {name} and ours differ by more than 0.5 %: the times would not compare")
 
-    seconds = {name: [] for name in methods}
-    order = list(methods)
-    for _ in range(args.repeats):
-        for name in order:
-            began = time.perf_counter()
-            methods[name](x, start, args.iterations)
-            seconds[name].append(time.perf_counter() - began)
-        order = order[1:] + order[:1]
-
-    base = "faiss-cpu" if "faiss-cpu" in methods else "scikit-learn"
+    jobs = {name: lambda method=method: method(x, start, args.iterations) for name, method in methods.items()}
+    times = measure(jobs, args.repeats, clock(args))
     flops = 2 * args.rows * args.dim * args.clusters * (args.iterations + 1)
-    print(f"\n{'':14}{'median s':>9}{'min-max s':>15}{'GFLOP/s':>9}  speed relative to {base}")
-    for name, times in seconds.items():
-        median = statistics.median(times)
-        ratio = statistics.median(seconds[base]) / median
-        spread = f"{min(times):.2f}-{max(times):.2f}"
-        print(f"{name:14}{median:>9.2f}{spread:>15}{flops / median / 1e9:>9.0f}  {ratio:.2f}x")
+    rates = {name: f"{flops / statistics.median(values) / 1e9:.0f}" for name, values in times.items()}
+    base = "faiss-cpu" if "faiss-cpu" in methods else "scikit-learn"
+    table(times, "s", columns={"GFLOP/s": rates} | speed(times, base))
 
 
 if __name__ == "__main__":

@@ -5,20 +5,17 @@
 The usual form (chunks of 500 queries) looks for the k best of every row of similarities and spreads the votes over a
 one-hot tensor of queries x k x classes. The matrix product, all queries at once, is what no exact form can do without.
 All start from features of unit length; knn(), which takes any, measures their length within its time. Before timing,
-both forms must agree on the top-1 accuracy. The repeats are interleaved and their order turns.
+both forms must agree on the top-1 accuracy.
 """
 
-import argparse
-import statistics
 import sys
-import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.ema_lars import machine
+from benchmarks.timing import clock, duration, machine, measure, parser, speed, table
 from common.knn import knn
 
 
@@ -41,33 +38,17 @@ def product(bank, labels, queries, targets, k, temperature):
     return queries @ bank.T
 
 
-def seconds(clock, form, *problem):
-    if problem[0].is_cuda:
-        torch.cuda.synchronize()
-    began = clock()
-    form(*problem)
-    if problem[0].is_cuda:
-        torch.cuda.synchronize()
-    return clock() - began
-
-
 def main():
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("--bank", type=int, default=50000)
-    parser.add_argument("--queries", type=int, default=2000)
-    parser.add_argument("--dim", type=int, default=2048)
-    parser.add_argument("--classes", type=int, default=1000)
-    parser.add_argument("--k", type=int, default=200)
-    parser.add_argument("--temperature", type=float, default=0.07)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--cpu-time", action="store_true", help="time spent computing, for a machine with other work")
-    args = parser.parse_args()
-    clock = time.process_time if args.cpu_time else time.perf_counter
+    flags = parser(__doc__, repeats=7)
+    flags.add_argument("--bank", type=int, default=50000)
+    flags.add_argument("--queries", type=int, default=2000)
+    flags.add_argument("--dim", type=int, default=2048)
+    flags.add_argument("--classes", type=int, default=1000)
+    flags.add_argument("--k", type=int, default=200)
+    flags.add_argument("--temperature", type=float, default=0.07)
+    args = flags.parse_args()
 
-    device = torch.device(args.device)
-    print(machine(device))
+    print(machine(args.device))
     print(f"{args.queries:,} queries, {args.bank:,} x {args.dim}, {args.classes:,} classes, k {args.k}")
     generator = torch.Generator().manual_seed(0)
     centres = torch.randn(args.classes, args.dim, generator=generator)
@@ -75,29 +56,18 @@ def main():
     def draw(n):  # classes that overlap, so that the accuracies have something to agree on
         labels = torch.randint(args.classes, (n,), generator=generator)
         features = torch.randn(n, args.dim, generator=generator).mul_(6).add_(centres[labels])
-        return F.normalize(features, dim=1).to(device), labels.to(device)
+        return F.normalize(features, dim=1).to(args.device), labels.to(args.device)
 
     problem = (*draw(args.bank), *draw(args.queries), args.k, args.temperature)
     forms = {"ours": ours, "one-hot": one_hot, "product": product}
-
-    a, b, _ = (form(*problem) for form in forms.values())  # also warms up
+    jobs = {name: lambda form=form: form(*problem) for name, form in forms.items()}
+    a, b, _ = (job() for job in jobs.values())  # also warms up
     print(f"top-1 {a:.2f} and {b:.2f}")
     if abs(a - b) > 0.1:
         sys.exit("error: the two forms disagree: their times would not compare")
 
-    times = {name: [] for name in forms}
-    order = list(forms)
-    for _ in range(args.repeats):
-        for name in order:
-            times[name].append(seconds(clock, forms[name], *problem))
-        order.reverse()
-
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    print(f"\n{'':10}{'median s':>10}{'min-max s':>16}  {'speed to one-hot':>16}  {'time to product':>15}")
-    for name, values in times.items():
-        spread = f"{min(values):.2f}-{max(values):.2f}"
-        ratios = f"{medians['one-hot'] / medians[name]:>15.2f}x  {medians[name] / medians['product']:>14.2f}x"
-        print(f"{name:10}{medians[name]:>10.3f}{spread:>16}  {ratios}")
+    times = measure(jobs, args.repeats, clock(args), args.device)
+    table(times, "s", digits=3, columns=speed(times, "one-hot") | duration(times, "product"))
 
 
 if __name__ == "__main__":

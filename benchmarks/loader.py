@@ -7,24 +7,23 @@
 Rows, all from the same files with equally many workers:
   torchvision      PIL and torchvision's v1 transforms in DataLoader worker processes: what the papers' code does.
   lightly          its transform of the same paper, with its own defaults, in the same DataLoader (if installed).
-  ours, CPU stage  common/data.py: threads decode, cut and resize into uint8 batches and the parameters of the rest are
-                   drawn. With a GPU this is all that the CPU has to do.
+  ours, CPU stage  common/loader.py: threads decode, cut and resize into uint8 batches, and the parameters of the rest
+                   are drawn. With a GPU this is all that the CPU has to do.
   ours, all        the same, then jitter, grey, blur, solarisation and normalisation in batch on --device.
   decode only      reading and decoding by as many threads: the floor of anything that starts from JPEG files.
 
 Views: two (MoCo v2: 2 x 224), multicrop (SwAV: 2 x 224 and 6 x 96), one (MAE: 1 x 224, no colours, bicubic).
 Without --data it makes 200 photo-like JPEGs of 500 x 375 pixels and about 100 kB. Files are read from the page cache.
-Before timing, our crops must equal PIL's crop-then-resize for equal boxes. Repeats are interleaved, their order turns,
-and one unmeasured pass comes first; worker processes stay alive between passes. CPU ms/image counts all processes and
-threads, and so says more than the clock on a machine that is busy with other things.
+Before timing, our crops must equal PIL's crop-then-resize for equal boxes. One unmeasured pass comes first; worker
+processes stay alive between passes. CPU ms/image counts all processes and threads, and so says more than the clock on a
+machine that is busy with other things.
 """
 
-import argparse
 import concurrent.futures
 import importlib.util
+import itertools
 import multiprocessing
 import os
-import platform
 import random
 import statistics
 import sys
@@ -39,20 +38,22 @@ from torchvision import transforms as v1
 from torchvision.io import ImageReadMode, decode_jpeg, read_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import augment
-from common.augment import IMAGENET_MEAN, IMAGENET_STD, View
-from common.data import Loader, build
+from benchmarks.timing import machine, measure, parser, speed, table
+from common import rng
+from common.augment import DRAWS, IMAGENET_MEAN, IMAGENET_STD, View
+from common.datasets import open_dataset
+from common.loader import Loader
 
 
 # ------------------------------------------------------------------------------------------------ the recipes
 def our_views(kind):
     if kind == "one":
-        return [View(224, crop=(0.2, 1.0), interpolation="bicubic")]
+        return [View(224, area=(0.2, 1.0), interpolation="bicubic")]
     if kind == "two":
         colours = {"jitter": (0.4, 0.4, 0.4, 0.1), "jitter_p": 0.8, "gray_p": 0.2, "blur_p": 0.5}
-        return [View(224, crop=(0.2, 1.0), **colours)] * 2
+        return [View(224, area=(0.2, 1.0), **colours)] * 2
     colours = {"jitter": (0.8, 0.8, 0.8, 0.2), "jitter_p": 0.8, "gray_p": 0.2, "blur_p": 0.5}
-    return [View(224, crop=(0.14, 1.0), **colours)] * 2 + [View(96, crop=(0.05, 0.14), **colours)] * 6
+    return [View(224, area=(0.14, 1.0), **colours)] * 2 + [View(96, area=(0.05, 0.14), **colours)] * 6
 
 
 def pil_blur(image):
@@ -64,7 +65,7 @@ def pil_transforms(views):
     transforms = []
     for view in views:
         mode = v1.InterpolationMode(view.interpolation)
-        steps = [v1.RandomResizedCrop(view.size, view.crop, view.ratio, interpolation=mode)]
+        steps = [v1.RandomResizedCrop(view.size, view.area, view.ratio, interpolation=mode)]
         if view.jitter_p:
             steps.append(v1.RandomApply([v1.ColorJitter(*view.jitter)], p=view.jitter_p))
             steps.append(v1.RandomGrayscale(p=view.gray_p))
@@ -97,12 +98,12 @@ class PilFiles(torch.utils.data.Dataset):
 
 # -------------------------------------------------------------------------------------------------- the images
 def make_photos(folder, count=200, width=500, height=375):
-    rng = np.random.default_rng(0)
+    generator = np.random.default_rng(0)
     for i in range(count):
-        image = 128 + 9 * rng.standard_normal((height, width, 1), dtype=np.float32)
+        image = 128 + 9 * generator.standard_normal((height, width, 1), dtype=np.float32)
         for cells, strength in ((4, 120), (12, 60), (40, 30)):
             for channel in range(3):
-                layer = Image.fromarray(rng.uniform(-1, 1, (cells * 3 // 4, cells)).astype(np.float32))
+                layer = Image.fromarray(generator.uniform(-1, 1, (cells * 3 // 4, cells)).astype(np.float32))
                 smooth = strength * np.asarray(layer.resize((width, height), Image.BICUBIC))
                 image = image + smooth[..., None] * (np.arange(3) == channel)
         Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(Path(folder) / f"{i:04}.jpg", quality=95)
@@ -116,12 +117,12 @@ def check_equality(dataset, views, count=16):
         with Image.open(dataset.path(i)) as image:
             theirs = image.convert("RGB")
         for v, view in enumerate(views):
-            u = augment.uniforms(0, 0, [i], v, augment.DRAWS)[0].tolist()
-            top, left, height, width = box = augment.crop_box(u, *ours.shape[1:], view)
+            u = rng.uniforms(0, 0, [i], v, DRAWS)[0]
+            top, left, height, width = view.box(u, *ours.shape[1:])
             filters = {"bilinear": Image.BILINEAR, "bicubic": Image.BICUBIC}
             crop = theirs.crop((left, top, left + width, top + height))
             crop = np.asarray(crop.resize((view.size, view.size), filters[view.interpolation])).astype(int)
-            mine = augment.crop_resize(ours, box, view.size, view.interpolation).permute(1, 2, 0).numpy()
+            mine = view.crop(ours, u).permute(1, 2, 0).numpy()
             off = np.abs(crop - mine)
             worst, apart, total = max(worst, off.max()), apart + (off > 1).sum(), total + off.size
     bicubic = any(view.interpolation == "bicubic" for view in views)
@@ -131,22 +132,9 @@ def check_equality(dataset, views, count=16):
 
 
 # ------------------------------------------------------------------------------------------------- the timings
-def machine(device):
-    model = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    load = f"{os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else "unknown"
-    gpu = f"{torch.cuda.get_device_name(device)}, " if device.type == "cuda" else ""
-    return f"machine: {gpu}{model}, {cores} cores, load {load}, {platform.system()}, torch {torch.__version__}"
-
-
-def settle(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def clocks():
+    """The time and the CPU time of all processes."""
+    return np.array([time.perf_counter(), cpu_seconds()])
 
 
 def cpu_seconds():
@@ -161,7 +149,7 @@ def cpu_seconds():
     return total
 
 
-def data_loader_pass(paths, transform, args, device):
+def data_loader_pass(paths, transform, args):
     dataset = PilFiles(paths, transform)
     loader = torch.utils.data.DataLoader(
         dataset,
@@ -169,26 +157,25 @@ def data_loader_pass(paths, transform, args, device):
         num_workers=args.workers,
         drop_last=True,
         persistent_workers=args.workers > 0,
-        pin_memory=device.type == "cuda",
+        pin_memory=args.device.type == "cuda",
     )
 
-    def run(_):
+    def run():
         for views in loader:
             views = views[0] if isinstance(views[0], (list, tuple)) else views  # some give targets too
-            [view.to(device, non_blocking=True) for view in views]
-        settle(device)
+            [view.to(args.device, non_blocking=True) for view in views]
 
     return run
 
 
-def our_pass(dataset, views, order, args, device, whole):
-    loader = Loader(dataset, views, args.batch_size, workers=args.workers, device=device)
+def our_pass(dataset, views, order, args, whole):
+    loader = Loader(dataset, views, args.batch_size, workers=args.workers, device=args.device)
+    epochs = itertools.count()
 
-    def run(repeat):
-        for batch in loader.epoch(repeat, order=order):
+    def run():
+        for batch in loader.epoch(next(epochs), order=order):
             if whole:
                 batch.views()
-        settle(device)
 
     return run
 
@@ -200,72 +187,55 @@ def decode_pass(paths, args):
         for path in part:
             decode_jpeg(read_file(path), mode=ImageReadMode.UNCHANGED)
 
-    return lambda _: list(pool.map(some, [paths[i : i + 8] for i in range(0, len(paths), 8)]))
+    return lambda: list(pool.map(some, [paths[i : i + 8] for i in range(0, len(paths), 8)]))
 
 
-def measure(kind, dataset, args, device):
+def compare(kind, dataset, args):
     views = our_views(kind)
     print(f"\n{kind}: {', '.join(str(v.size) for v in views)} px; {check_equality(dataset, views)}")
     order = np.arange(args.images) % len(dataset)
     paths = [dataset.path(i) for i in order]
-    runs = {"torchvision": data_loader_pass(paths, pil_transforms(views), args, device)}
+    runs = {"torchvision": data_loader_pass(paths, pil_transforms(views), args)}
     if importlib.util.find_spec("lightly"):
-        runs["lightly"] = data_loader_pass(paths, lightly_transform(kind), args, device)
+        runs["lightly"] = data_loader_pass(paths, lightly_transform(kind), args)
     else:
         print("lightly is not installed (pip install lightly): no row for it")
-    runs["ours, CPU stage"] = our_pass(dataset, views, order, args, device, whole=False)
-    runs["ours, all"] = our_pass(dataset, views, order, args, device, whole=True)
+    runs["ours, CPU stage"] = our_pass(dataset, views, order, args, whole=False)
+    runs["ours, all"] = our_pass(dataset, views, order, args, whole=True)
     runs["decode only"] = decode_pass(paths, args)
 
-    seconds, cpu = {name: [] for name in runs}, {name: [] for name in runs}
-    names = list(runs)
-    for repeat in range(args.repeats + 1):
-        for name in names[repeat % len(names) :] + names[: repeat % len(names)]:
-            clock, used = time.perf_counter(), cpu_seconds()
-            runs[name](repeat)
-            if repeat:  # the first pass starts processes and fills caches
-                seconds[name].append(time.perf_counter() - clock)
-                cpu[name].append(cpu_seconds() - used)
-    speed = {name: sorted(args.images / s for s in times) for name, times in seconds.items()}
-    middle = {name: statistics.median(values) for name, values in speed.items()}
-    print(f"{'':<16}{'images/s':>10}{'min - max':>16}{'x torchvision':>15}{'of decode only':>16}{'CPU ms/image':>14}")
-    for name, values in speed.items():
-        print(
-            f"{name:<16}{middle[name]:>10.0f}{f'{values[0]:.0f} - {values[-1]:.0f}':>16}"
-            f"{middle[name] / middle['torchvision']:>15.2f}{middle[name] / middle['decode only']:>16.0%}"
-            f"{1000 * statistics.median(cpu[name]) / args.images:>14.2f}",
-            flush=True,
-        )
+    found = measure(runs, args.repeats, clocks, args.device, warm_up=True)  # which starts processes and fills caches
+    times = {name: [seconds for seconds, _ in both] for name, both in found.items()}
+    cpu = {name: f"{1000 * statistics.median(c for _, c in both) / args.images:.2f}" for name, both in found.items()}
+    columns = speed(times, "torchvision") | speed(times, "decode only") | {"CPU ms/image": cpu}
+    table(times, "images/s", lambda seconds: args.images / seconds, 0, columns)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", help="folder of JPEG files (default: makes its own)")
-    parser.add_argument("--views", nargs="+", choices=["two", "multicrop", "one"], default=["two"])
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--workers", type=int, default=2, help="threads, or processes of the DataLoaders")
-    parser.add_argument("--images", type=int, default=512, help="images per pass (files are used again as needed)")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="cpu", help="of the batched part of our augmentation")
-    args = parser.parse_args()
+    flags = parser(__doc__, repeats=5, cpu_time=False)
+    flags.add_argument("--data", help="folder of JPEG files (default: makes its own)")
+    flags.add_argument("--views", nargs="+", choices=["two", "multicrop", "one"], default=["two"])
+    flags.add_argument("--batch-size", type=int, default=64)
+    flags.add_argument("--workers", type=int, default=2, help="threads, or processes of the DataLoaders")
+    flags.add_argument("--images", type=int, default=512, help="images per pass (files are used again as needed)")
+    args = flags.parse_args()
     args.images -= args.images % args.batch_size
     if args.images < 1 or args.repeats < 1:
-        parser.error("--images must be at least --batch-size, and --repeats at least 1")
+        flags.error("--images must be at least --batch-size, and --repeats at least 1")
 
-    device = torch.device(args.device)
     with tempfile.TemporaryDirectory() as folder:
         if not args.data:
             make_photos(folder)
-        dataset = build(args.data or folder, "train")
+        dataset = open_dataset(args.data or folder, "train")
         sizes = [os.path.getsize(dataset.path(i)) for i in range(min(len(dataset), 1000))]
-        print(machine(device))
+        print(machine(args.device))
         print(
             f"{len(dataset)} files of {statistics.mean(sizes) / 1000:.0f} kB, {args.images} images per pass, batches of"
             f" {args.batch_size}, {args.workers} workers, medians of {args.repeats} interleaved passes"
         )
         for kind in args.views:
-            measure(kind, dataset, args, device)
-        print(f"\nafter: {machine(device)}")
+            compare(kind, dataset, args)
+        print(f"\nafter: {machine(args.device)}")
 
 
 if __name__ == "__main__":

@@ -8,14 +8,10 @@ Step: forward, loss, backward and AdamW of mae.py, beside the same encoder and d
 of the removed patches before the encoder, so that all tokens pass it. Before timing, both must predict the same
 when nothing is removed. The ratio of their multiplications, as torch counts them, is printed beside that of the times.
 Input: the view of mae.py (decode, crop, bicubic, mirror, normalise), as benchmarks/loader.py times it with --views one.
-Repeats are interleaved and their order turns, so that a drift of the machine hits all alike.
 """
 
-import argparse
-import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -24,8 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import loader
-from common.data import build
-from common.optim import full, param_groups, precision
+from benchmarks.timing import machine, measure, milliseconds, parser, speed, table
+from common.datasets import open_dataset
+from common.optim import param_groups, precision, upcast
 from common.vit import vit
 from mae import MAE, mae_loss, random_masking
 
@@ -49,8 +46,9 @@ class AllTokens(MAE):
         return self.decode(backbone.norm(x), in_place), mask
 
 
-def steps(args, device):
+def steps(args):
     """Times both forms of a step."""
+    device = args.device
     amp, _, _ = precision("auto", device)
     models = {}
     for name, kind in (("ours", MAE), ("all tokens", AllTokens)):
@@ -75,61 +73,44 @@ def steps(args, device):
     optimizers = {n: torch.optim.AdamW(param_groups(m, 0.05), lr=1e-4, betas=(0.9, 0.95)) for n, m in models.items()}
 
     def step(name):
-        loader.settle(device)
-        clock = time.perf_counter()
         with amp:
             prediction, mask = models[name](x, noise)
-        mae_loss(x, full(prediction), mask, patch).backward()
+        mae_loss(x, upcast(prediction), mask, patch).backward()
         optimizers[name].step()
         optimizers[name].zero_grad()
-        loader.settle(device)
-        return time.perf_counter() - clock
 
-    times, order = {name: [] for name in models}, list(models)
-    for repeat in range(args.repeats + 1):
-        for name in order:
-            seconds = step(name)
-            if repeat:  # the first pass warms up
-                times[name].append(seconds)
-        order.reverse()
-    usual = statistics.median(times["all tokens"])
-    print(f"{'':<12}{'ms/step':>9}{'min - max':>18}{'x all tokens':>14}{'x multiplications':>19}")
-    for name, values in times.items():
-        spread = f"{1000 * min(values):.0f} - {1000 * max(values):.0f}"
-        middle = statistics.median(values)
-        ratios = f"{usual / middle:>14.2f}{work['all tokens'] / work[name]:>19.2f}"
-        print(f"{name:<12}{1000 * middle:>9.0f}{spread:>18}{ratios}", flush=True)
+    jobs = {name: lambda name=name: step(name) for name in models}
+    times = measure(jobs, args.repeats, device=device, warm_up=True)
+    ratios = {name: f"{work['all tokens'] / work[name]:.2f}" for name in models}
+    table(times, "ms/step", milliseconds, 0, speed(times, "all tokens") | {"x multiplications": ratios})
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", default="vit_base")
-    parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--batch-size", type=int, default=4, help="of the step")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--no-step", action="store_true", help="the input only")
-    parser.add_argument("--data", help="folder of JPEG files (default: makes its own)")
-    parser.add_argument("--images", type=int, default=512, help="images per pass of the input (0: the step only)")
-    parser.add_argument("--workers", type=int, default=2, help="threads, or processes of the DataLoaders")
-    args = parser.parse_args()
+    flags = parser(__doc__, repeats=5, cpu_time=False)
+    flags.add_argument("--arch", default="vit_base")
+    flags.add_argument("--image-size", type=int, default=224)
+    flags.add_argument("--batch-size", type=int, default=4, help="of the step")
+    flags.add_argument("--no-step", action="store_true", help="the input only")
+    flags.add_argument("--data", help="folder of JPEG files (default: makes its own)")
+    flags.add_argument("--images", type=int, default=512, help="images per pass of the input (0: the step only)")
+    flags.add_argument("--workers", type=int, default=2, help="threads, or processes of the DataLoaders")
+    args = flags.parse_args()
     if args.repeats < 1 or args.batch_size < 1:
-        parser.error("--repeats and --batch-size must be at least 1")
+        flags.error("--repeats and --batch-size must be at least 1")
 
-    device = torch.device(args.device)
-    print(loader.machine(device), f"{torch.get_num_threads()} threads", sep=", ")
+    print(machine(args.device))
     if not args.no_step:
-        steps(args, device)
+        steps(args)
     if args.images:
         args.batch_size = min(64, args.images)
         args.images -= args.images % args.batch_size
         with tempfile.TemporaryDirectory() as folder:
             if not args.data:
                 loader.make_photos(folder)
-            dataset = build(args.data or folder, "train")
+            dataset = open_dataset(args.data or folder, "train")
             print(f"\n{len(dataset)} files, {args.images} images per pass, {args.workers} workers", end="")
-            loader.measure("one", dataset, args, device)
-    print(f"\nafter: {loader.machine(device)}")
+            loader.compare("one", dataset, args)
+    print(f"\nafter: {machine(args.device)}")
 
 
 if __name__ == "__main__":

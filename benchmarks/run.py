@@ -1,10 +1,10 @@
-"""Runs the comparisons one after the other and writes what they print to results/benchmarks/ and benchmarks/README.md.
+"""Runs the comparisons one after the other; their output goes to results/benchmarks/ and benchmarks/README.md.
 
-    python benchmarks/run.py                                # all that need no data of yours
-    python benchmarks/run.py --data data/cifar10/train      # and whole training, from a folder of JPEG files
+    python benchmarks/run.py                                # all but train.py, which needs a data set
+    python benchmarks/run.py --data data/cifar10/train      # with train.py, from a folder of JPEG files
     python benchmarks/run.py ema_lars knn
 
-Nothing else should run on the machine meanwhile. kill.py and soak.py, which test rather than compare, are run by hand.
+Nothing else should run on the machine meanwhile. kill.py and soak.py are tests and not run here.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LOGS = ROOT / "results" / "benchmarks"
-JOBS = {  # name of the log: (flags, after the script where it has another name; what we aim at on two cores)
+JOBS = {  # name of the log: (flags, after the script where it has another name; the aim on two cores)
     "loader": ("--images 128 --repeats 5", "CPU stage of two views at least 6x torchvision and 60 % of decoding"),
     "multicrop": ("loader.py --images 64 --repeats 5 --views multicrop", "CPU stage of 2+6 crops: 4x torchvision"),
     "train": ("", "whole SimSiam training at least 1.3x lightly"),
@@ -25,16 +25,17 @@ JOBS = {  # name of the log: (flags, after the script where it has another name;
     "svm": ("", "at least 1.6x scikit-learn one after the other"),
     "linear": ("--image-size 128", "three protocols at most 1.3x one"),
     "mae": ("--arch vit_small", "fewer seconds per step than encoding all tokens; one view at least 3x torchvision"),
-    "sinkhorn": ("", "beside the forms that people use"),
+    "sinkhorn": ("", "compared with the usual forms"),
+    "relative_loc": ("", "nine patches at least 1.6x eight pairs"),
     "step": ("", "every method's step beside the passes through its networks"),
-    "startup": ("", "a million files known within seconds from the second start on"),
+    "startup": ("", "a million files listed within seconds from the second start on"),
 }
 
 
-MISSED = """Aims that these runs missed. EMA 2.1x instead of 3x: both forms wait for memory, and 7 passes over it
+MISSED = """Aims that these runs missed. EMA 2.1x instead of 3x: both forms are bound by memory, and 7 passes over it
 against 3 allow 7/3. LARS 1.0x instead of 1.2x (1.1x in other runs): 15 passes against 13. k-NN 1.25x the time of the
 matrix product instead of 1.10x. One view 2.7x instead of 3x torchvision: decoding alone is 3.4x. k-means met its aim
-here; in other runs it came to 0.90x and 0.92x.
+here; other runs gave 0.90x and 0.92x.
 """
 R50 = "--arch resnet50 --width 1 --image-size 224 --batch-size 256"
 GPU = (
@@ -55,13 +56,13 @@ GPU = (
 
 
 def write_readme():
-    parts = ["# Benchmarks\n\nWhat each script printed when it was run last, by `python benchmarks/run.py`.\n"]
+    parts = ["# Benchmarks\n\nThe last recorded output of each script (`python benchmarks/run.py`).\n"]
     parts.append(MISSED)
     for name, (_, aim) in JOBS.items():
         log = LOGS / f"{name}.txt"
         text = log.read_text() if log.exists() else "not run\n"
         parts.append(f"## {name}\n\nAim: {aim}.\n\n```\n{text}```\n")
-    parts.append("Where the time goes, and what was done about it: [profile.md](profile.md).\n")
+    parts.append("Where the time goes, and which parts were made faster: [profile.md](profile.md).\n")
     rows = "".join(f"| {job} | `python {command}` | {aim} | not run |\n" for job, command, aim in GPU)
     parts.append(f"## On a GPU\n\n| job | command | aim, one H200 with 16 cores | |\n|---|---|---|---|\n{rows}")
     (ROOT / "benchmarks" / "README.md").write_text("\n".join(parts))
@@ -103,7 +104,7 @@ def main():
             (LOGS / f"{name}.txt").write_text(f"$ python {' '.join(words)}\n{done.stdout}")
     write_readme()
     if failed:
-        sys.exit(f"error: {', '.join(failed)} did not end well")
+        sys.exit(f"error: {', '.join(failed)} failed")
 
 
 if __name__ == "__main__":

@@ -10,13 +10,13 @@ tenth of the steps neither open files nor threads may grow, and memory by less t
 import argparse
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from tests.helpers import ROOT, SCRIPTS, flags
+from benchmarks.kill import start, step_of
+from tests.helpers import SCRIPTS, flags
 
 
 def usage(pid):
@@ -32,22 +32,15 @@ def main():
     args = parser.parse_args()
     folder = tempfile.mkdtemp()
     more = ["--epochs", args.steps // 4, "--knn-every", 10, "--save-every", 0.01]
-    process = subprocess.Popen(
-        [sys.executable, f"{args.script}.py", *flags(args.script, folder, *more)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
+    process = start([f"{args.script}.py", *flags(args.script, folder, *more)])
     rows, tenth = [], args.steps // 10
     print(f"{args.script}: {'step':>8}{'MB':>10}{'files':>8}{'threads':>9}")
     for line in process.stdout:
-        if "  step " in line:
-            step = int(line.split("  step ")[1].split("/")[0])
-            if step % tenth == 0 and step < args.steps:
-                rows.append(usage(process.pid))
-                memory, files, threads = rows[-1]
-                print(f"{'':{len(args.script)}}  {step:>8}{memory:>10.1f}{files:>8}{threads:>9}", flush=True)
+        step = int(step_of(line) or 0)
+        if step and step % tenth == 0 and step < args.steps:
+            rows.append(usage(process.pid))
+            memory, files, threads = rows[-1]
+            print(f"{'':{len(args.script)}}  {step:>8}{memory:>10.1f}{files:>8}{threads:>9}", flush=True)
     shutil.rmtree(folder)
     if process.wait():
         sys.exit(f"error: the run ended with code {process.returncode}")

@@ -17,7 +17,6 @@ from epoch 15 on, is empty. ODC's clusters get new centroids once per repeat.
 A loss that is not finite ends the script with an error, and so the benchmark.
 """
 
-import argparse
 import contextlib
 import copy
 import dataclasses
@@ -28,15 +27,17 @@ import signal
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.ema_lars import machine
-from common import augment, data
+from benchmarks.timing import clock, machine, parser, settle
+from common import loader, rng, run
+from common.augment import DRAWS, augment, to_device
+from common.features import by_size
 from common.optim import precision
 
 WARMUP = 2  # steps before the first that counts
@@ -71,7 +72,7 @@ class Nothing:
 
 
 @dataclasses.dataclass
-class Ready(data.Batch):
+class Ready(loader.Batch):
     """A batch whose views exist already, unless `made` is None."""
 
     made: list | None = None
@@ -80,45 +81,37 @@ class Ready(data.Batch):
         return super().views() if self.made is None else self.made
 
 
-class Timer(data.Loader):
+class Timer(loader.Loader):
     """The loader of a script: takes the time between two batches, which is that of a step, and that of the floor."""
 
-    options, floor, timed = None, None, None  # set by `measure`
-    clock = staticmethod(time.perf_counter)
+    options, floor, timed = None, None, None  # set by `timed_run`
     watch = staticmethod(lambda step: contextlib.nullcontext())  # around each step, for a profiler
 
     def epoch(self, epoch, start=0, order=None):
-        device, generator = self.pool.device, torch.Generator().manual_seed(0)
+        device, generator, seconds = self.pool.device, torch.Generator().manual_seed(0), clock(self.options)
         images = [
             torch.randint(0, 256, (self.local, v.size, v.size, 3), dtype=torch.uint8, generator=generator)
-            for v in self.recipes
+            for v in self.specs
         ]
-        images = [self.pool.to_device(x).permute(0, 3, 1, 2) for x in images]
-        shuffled = self.order(epoch) if order is None else order
-        plain = [augment.augment(x, [], v.mean, v.std, self.dtype) for x, v in zip(images, self.recipes, strict=True)]
-        for step in range(start, self.steps):
-            indices = shuffled[step * self.local : (step + 1) * self.local]
-            steps = [[] for _ in images]
-            if self.options.augment:
-                draws = [augment.uniforms(0, step, indices, v, augment.DRAWS) for v in self.streams]
-                steps = [self._steps(augment.plan(v, u)) for v, u in zip(self.recipes, draws, strict=True)]
-            on_device = self.pool.to_device(torch.from_numpy(indices))
-            rest = (self.recipes, torch.zeros_like(on_device), on_device, self.dtype, indices)
-            batch = Ready(images, steps, *rest, None if self.options.augment else plain)
+        images = [to_device(x, device).permute(0, 3, 1, 2) for x in images]
+        shuffled = rng.permutation(self.seed, epoch, len(self.dataset)) if order is None else order
+        plain = [augment(x, [], v.mean, v.std, self.dtype) for x, v in zip(images, self.specs, strict=True)]
+        sizes = np.array([images[0].shape[2:]] * self.local)
+        for step in range(start, self.epoch_steps):
+            keys = shuffled[step * self.local : (step + 1) * self.local]
+            indices = to_device(torch.from_numpy(keys), device)
+            draws = np.stack([rng.uniforms(self.seed, epoch, keys, stream, DRAWS) for stream in self.streams])
+            rest = (torch.zeros_like(indices), indices, keys, draws, sizes, self.seed, epoch, self.dtype)
+            batch = Ready(images, self.specs, *rest, None if self.options.augment else plain)
             settle(device)
-            began = self.clock()
+            began = seconds()
             with self.watch(step):
                 yield batch
                 settle(device)
-            middle = self.clock()
+            middle = seconds()
             self.floor(plain)
             settle(device)
-            self.timed.append((middle - began, self.clock() - middle))
-
-
-def settle(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+            self.timed.append((middle - began, seconds() - middle))
 
 
 def floor_of(name, model, amp):
@@ -142,11 +135,8 @@ def floor_of(name, model, amp):
     def passing(views):
         trained, frozen = passes if passes != "every" else (range(len(views)), [])
         views, trained = [views[v] for v in frozen], [views[v] for v in trained]
-        if name in TOGETHER:
-            sizes = dict.fromkeys(x.shape[-1] for x in trained)
-            trained = [torch.cat([x for x in trained if x.shape[-1] == size]) for size in sizes]
         with amp:
-            features = [network(x) for x in trained]
+            features = by_size(network, trained) if name in TOGETHER else [network(x) for x in trained]
             with torch.no_grad():
                 [network(x) for x in views]
         backward(network, *features)
@@ -179,26 +169,29 @@ def flags(name, args, folder):
     return f"{words} --width {width} {heads}".split()
 
 
-def measure(name, args):
+def timed_run(name, args):
     """Returns the seconds of each step and of its floor, [(step, floor), ...], and the losses that were logged."""
     script = importlib.import_module(name.split()[0])
-    amp, _, _ = precision(args.precision, torch.device(args.device))
+    amp, _, _ = precision(args.precision, args.device)
     Timer.options, Timer.timed = args, []
-    Timer.clock = staticmethod(time.process_time if args.cpu_time else time.perf_counter)
 
     def parallel(model):
         Timer.floor = staticmethod(floor_of(name, model, amp))
         return model
 
-    changes = {"Loader": Timer, "parallel": parallel}
-    changes["build"] = lambda data, split, *rest, **more: Nothing(args.images) if split == "train" else None
+    def random_features(model, data, view, device, *rest, **more):
+        return torch.randn(len(data), model.dim, device=device), None
+
+    def no_images(data, split, *rest, **more):
+        return Nothing(args.images) if split == "train" else None
+
+    changed = mock.patch.multiple(run, Loader=Timer, parallel=parallel, open_dataset=no_images)
     if hasattr(script, "extract"):  # what deepcluster and odc cluster before the first step
-        changes["extract"] = lambda model, data, view, device, *rest, **more: (
-            torch.randn(len(data), model.dim, device=device),
-            None,
-        )
+        clustered = mock.patch.object(script, "extract", random_features)
+    else:
+        clustered = contextlib.nullcontext()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(script, **changes):
+    with tempfile.TemporaryDirectory() as folder, changed, clustered:
         try:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
                 script.main(script.parse_args(flags(name, args, folder)))
@@ -211,34 +204,29 @@ def measure(name, args):
 
 
 def parse_args(argv=None):
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
-    parser.add_argument("--arch", default="resnet18")
-    parser.add_argument("--width", type=float, default=0.25, help="multiplier of the channels, and of the heads")
-    parser.add_argument("--image-size", type=int, default=32)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--images", type=int, default=50000, help="N, of the memories")
-    parser.add_argument("--vit", default="vit_tiny", help="of mae and mocov3 vit")
-    parser.add_argument("--vit-width", type=float, default=0.25)
-    parser.add_argument("--depth", type=int, default=6)
-    parser.add_argument("--patch-size", type=int, default=4)
-    parser.add_argument("--augment", action="store_true", help="with the augmentation on the device")
-    parser.add_argument("--precision", default="auto")
-    parser.add_argument("--steps", type=int, default=5, help="per repeat")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--cpu-time", action="store_true", help="time spent computing, for a machine with other work")
-    args = parser.parse_args(argv)
+    words = parser(__doc__, repeats=5)
+    words.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
+    words.add_argument("--arch", default="resnet18")
+    words.add_argument("--width", type=float, default=0.25, help="multiplier of the channels, and of the heads")
+    words.add_argument("--image-size", type=int, default=32)
+    words.add_argument("--batch-size", type=int, default=64)
+    words.add_argument("--images", type=int, default=50000, help="N, of the memories")
+    words.add_argument("--vit", default="vit_tiny", help="of mae and mocov3 vit")
+    words.add_argument("--vit-width", type=float, default=0.25)
+    words.add_argument("--depth", type=int, default=6)
+    words.add_argument("--patch-size", type=int, default=4)
+    words.add_argument("--augment", action="store_true", help="with the augmentation on the device")
+    words.add_argument("--precision", default="auto")
+    words.add_argument("--steps", type=int, default=5, help="per repeat")
+    args = words.parse_args(argv)
     if WARMUP + args.steps * args.repeats >= args.images // args.batch_size:
-        parser.error("--images: all steps have to fit into one epoch")
+        words.error("--images: all steps have to fit into one epoch")
     return args
 
 
 def main():
     args = parse_args()
-    device = torch.device(args.device)
-    print(machine(device))
+    print(machine(args.device))
     print(f"{args.arch}, width {args.width}, {args.vit}, width {args.vit_width}, {args.depth} blocks,", end=" ")
     print(f"{args.patch_size} px patches; {args.image_size} px, batch {args.batch_size}, {args.precision} precision")
     print(f"medians of {args.repeats} repeats of {args.steps} steps, N = {args.images:,}", end="")
@@ -246,7 +234,7 @@ def main():
     print(", CPU time of all threads" if args.cpu_time else "")
     print(f"\n{'':<12}{'images/s':>10}{'min - max':>16}{'floor':>8}{'share of it':>13}{'ms beyond it':>14}{'loss':>10}")
     for name in args.only:
-        timed, losses = measure(name, args)
+        timed, losses = timed_run(name, args)
         parts = [timed[i * args.steps : (i + 1) * args.steps] for i in range(args.repeats)]
         step, floor = ([sum(pair[k] for pair in part) / args.steps for part in parts] for k in (0, 1))
         speed = sorted(args.batch_size / s for s in step)
@@ -257,7 +245,7 @@ def main():
             f"{args.batch_size / statistics.median(floor):>8.0f}{share:>13.0%}{beyond:>14.1f}{losses[-1]:>10.3f}",
             flush=True,
         )
-    print(f"\nafter: {machine(device)}")
+    print(f"\nafter: {machine(args.device)}")
 
 
 if __name__ == "__main__":

@@ -8,14 +8,10 @@ other; eval_svm.py gives it a triangular matrix of the same inner products, in a
 The features are rectified, partly correlated noise. Before the times are shown, all decision values of both must
 agree to 1e-6. The products of all pairs of rows are computed once for all jobs and timed apart; the total has them, the
 start of the processes it has not. An evaluation of 20 classes and 19 costs spreads the products over 1,160 fits and
-more, the few classes and costs of this benchmark over fewer. The repeats are interleaved and their order turns, so
-that a drift of the machine hits both.
+more, the few classes and costs of this benchmark over fewer.
 """
 
-import argparse
-import statistics
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -26,8 +22,8 @@ from sklearn.model_selection import StratifiedKFold
 from sklearn.svm import LinearSVC
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.infonce import machine
-from eval_svm import MAX_ITER, Triangle, decisions, draw, normalise, solve
+from benchmarks.timing import clock, in_turns, machine, parser, speed, table
+from eval_svm import MAX_ITER, Triangle, decisions, draw, normalize, solve
 
 
 def features(images, dim, classes):
@@ -36,7 +32,7 @@ def features(images, dim, classes):
     latent = rng.standard_normal((images, 64))
     x = latent @ rng.standard_normal((64, dim)) * 0.15 + rng.standard_normal((images, dim))
     score = latent[:, :classes] + 0.5 * rng.standard_normal((images, classes))
-    x = normalise(torch.from_numpy(np.maximum(x, 0)))
+    x = normalize(torch.from_numpy(np.maximum(x, 0)))
     return x.numpy(), np.where(score > np.quantile(score, 7 / 8, axis=0), 1, -1)
 
 
@@ -65,24 +61,21 @@ def usual(x, gram, trainval, jobs, costs, workers):
 
 
 def main():
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("--trainval", type=int, default=5011, help="images")
-    parser.add_argument("--test", type=int, default=1000, help="images")
-    parser.add_argument("--dim", type=int, default=8192)
-    parser.add_argument("--classes", type=int, default=2)
-    parser.add_argument("--costs", type=float, nargs="+", default=[100, 10, 1, 0.0625, 1e-3, 1e-5])
-    parser.add_argument("--k", type=int, nargs="*", default=[4, 32, 96])
-    parser.add_argument("--draws", type=int, default=2)
-    parser.add_argument("--jobs", type=int, default=torch.get_num_threads(), help="processes of ours")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--cpu-time", action="store_true", help="time spent computing, for a busy machine; --jobs 1")
-    args = parser.parse_args()
-    clock = time.process_time if args.cpu_time else time.perf_counter
+    flags = parser(__doc__, repeats=3, device=False)
+    flags.add_argument("--trainval", type=int, default=5011, help="images")
+    flags.add_argument("--test", type=int, default=1000, help="images")
+    flags.add_argument("--dim", type=int, default=8192)
+    flags.add_argument("--classes", type=int, default=2)
+    flags.add_argument("--costs", type=float, nargs="+", default=[100, 10, 1, 0.0625, 1e-3, 1e-5])
+    flags.add_argument("--k", type=int, nargs="*", default=[4, 32, 96])
+    flags.add_argument("--draws", type=int, default=2)
+    flags.add_argument("--jobs", type=int, default=torch.get_num_threads(), help="processes of ours; 1 with --cpu-time")
+    args = flags.parse_args()
+    seconds = clock(args)
     args.jobs = 1 if args.cpu_time else args.jobs
     warnings.simplefilter("ignore", ConvergenceWarning)
 
-    print(machine(torch.device("cpu")))
+    print(machine())
     x, labels = features(args.trainval + args.test, args.dim, args.classes)
     labels = labels[: args.trainval]
     full, low = [], []
@@ -98,36 +91,31 @@ def main():
     print(f"{counts} fits, {args.test:,} test images, {args.jobs} processes of ours, {args.repeats} repeats")
 
     solve(flat_decisions, [(x[:9, :9], None, np.arange(9), np.arange(9) < 4, [1.0], [0], 0)] * 8, 1, args.jobs, "start")
-    forms = {"ours": ours, "usual": usual}
-    times = {(name, form): [] for name in ("products", *sets, "total") for form in forms}
-    order, largest = list(forms), dict.fromkeys(sets, 0.0)
-    for _ in range(args.repeats):
+    forms, largest = {"ours": ours, "usual": usual}, dict.fromkeys(sets, 0.0)
+    times = {name: {form: [] for form in forms} for name in ("products", *sets, "total")}
+    for order in in_turns(forms, args.repeats):
         values, gram = {}, None
         for form in order:
-            began = clock()
-            if form == "ours":
+            began = seconds()
+            if form == "ours":  # the usual way needs none
                 gram = (torch.from_numpy(x) @ torch.from_numpy(x[: args.trainval]).T).numpy()
-            spent = [clock() - began]
+            spent = [seconds() - began]
             for name, jobs in sets.items():
-                began = clock()
+                began = seconds()
                 values[name, form] = forms[form](x, gram, args.trainval, jobs, args.costs, args.jobs)
-                spent.append(clock() - began)
-            for name, seconds in zip(("products", *sets, "total"), [*spent, sum(spent)], strict=True):
-                times[name, form].append(seconds)
-        order.reverse()
+                spent.append(seconds() - began)
+            for name, part in zip(times, [*spent, sum(spent)], strict=True):
+                times[name][form].append(part)
         for name in sets:
             largest[name] = max(largest[name], abs(values[name, "ours"] - values[name, "usual"]).max())
     print("decision values differ by at most " + ", ".join(f"{v:.1e} ({name})" for name, v in largest.items()))
     if not max(largest.values()) <= 1e-6:
         sys.exit("error: the two ways disagree: their times would not compare")
 
-    print(f"\n{'':18}{'median s':>10}{'min-max s':>18}  speed relative to usual")
-    for (name, form), seconds in times.items():
-        if (name, form) != ("products", "usual"):  # which needs none
-            median, other = statistics.median(seconds), statistics.median(times[name, "usual"])
-            spread = f"{min(seconds):.2f}-{max(seconds):.2f}"
-            ratio = "" if name == "products" else f"{other / median:.2f}x"
-            print(f"{name:10}{form:8}{median:>10.2f}{spread:>18}  {ratio}")
+    table({"products of ours": times.pop("products")["ours"]}, "s")
+    for name, both in times.items():
+        print(f"\n{name}", end="")
+        table(both, "s", columns=speed(both, "usual"))
 
 
 if __name__ == "__main__":

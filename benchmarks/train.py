@@ -7,22 +7,21 @@ Both train the same ResNet (3x3 stem for small images) with heads of the same si
 augmentation (crop 0.2 to 1, flip, jitter, grey; blur above 64 pixels), from the same files with as many workers: ours
 with threads, lightly's transform in a DataLoader's processes. Ours runs as the script does, channels_last, in fp32 and
 in bf16 autocast; lightly's as its tutorial has it, fp32. Before timing, both losses must agree on the same tensors.
-Passes are interleaved, their order turns, and one unmeasured pass comes first.
+One unmeasured pass comes first.
 """
 
-import argparse
-import statistics
+import itertools
 import sys
-import time
 from pathlib import Path
 
 import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.ema_lars import machine
-from common.data import Loader, Subset, build
-from common.optim import full, precision
+from benchmarks.timing import machine, measure, parser, speed, table
+from common.datasets import evenly_spaced, open_dataset
+from common.loader import Loader
+from common.optim import precision, upcast
 from common.resnet import resnet
 from simsiam import SimSiam, augmentation, simsiam_loss
 
@@ -69,18 +68,17 @@ def train_ours(dataset, args, name):
     backbone = resnet(args.arch, args.width, args.image_size, zero_init_residual=True)
     model = SimSiam(backbone, args.dim, args.pred_dim).to(device, dtype, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
-    epochs = iter(range(10**6))
+    epochs = itertools.count()
 
     def run():
         for batch in loader.epoch(next(epochs)):
             with amp:
                 p1, p2, z1, z2 = model(*batch.views())
-            loss = simsiam_loss(full(p1), full(p2), full(z1), full(z2))
+            loss = simsiam_loss(*map(upcast, (p1, p2, z1, z2)))
             scaler.scale(loss).backward()
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-        return loader.steps * args.batch_size
 
     return run
 
@@ -108,7 +106,6 @@ def train_theirs(dataset, args):
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-        return len(loader) * args.batch_size
 
     return run
 
@@ -122,41 +119,27 @@ def check_losses():
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="folder of JPEG files")
-    parser.add_argument("--images", type=int, default=1280, help="per pass")
-    parser.add_argument("--arch", default="resnet18")
-    parser.add_argument("--width", type=float, default=0.25)
-    parser.add_argument("--image-size", type=int, default=32)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--dim", type=int, default=512)
-    parser.add_argument("--pred-dim", type=int, default=128)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    args = parser.parse_args()
+    flags = parser(__doc__, repeats=5, cpu_time=False)
+    flags.add_argument("--data", required=True, help="folder of JPEG files")
+    flags.add_argument("--images", type=int, default=1280, help="per pass")
+    flags.add_argument("--arch", default="resnet18")
+    flags.add_argument("--width", type=float, default=0.25)
+    flags.add_argument("--image-size", type=int, default=32)
+    flags.add_argument("--batch-size", type=int, default=64)
+    flags.add_argument("--dim", type=int, default=512)
+    flags.add_argument("--pred-dim", type=int, default=128)
+    flags.add_argument("--workers", type=int, default=2)
+    args = flags.parse_args()
     check_losses()
-    dataset = build(args.data, "train")
-    dataset = Subset(dataset, torch.linspace(0, len(dataset) - 1, min(args.images, len(dataset))).long().numpy())
+    dataset = evenly_spaced(open_dataset(args.data, "train"), args.images)
     print(machine(args.device))
     sizes = f"width {args.width}, {args.image_size} px, batch {args.batch_size}"
     print(f"{args.arch}, {sizes}, {len(dataset)} images per pass, {args.workers} workers")
     jobs = {"ours, bf16": train_ours(dataset, args, "bf16"), "ours, fp32": train_ours(dataset, args, "fp32")}
     jobs["lightly, fp32"] = train_theirs(dataset, args)
-    speeds, order = {name: [] for name in jobs}, list(jobs)
-    for repeat in range(args.repeats + 1):
-        for name in order:
-            began = time.perf_counter()
-            images = jobs[name]()
-            torch.cuda.synchronize() if args.device.type == "cuda" else None
-            if repeat:
-                speeds[name].append(images / (time.perf_counter() - began))
-        order = order[1:] + order[:1]
-    base = statistics.median(speeds["lightly, fp32"])
-    print(f"\n{'':16}{'images/s':>10}{'min-max':>14}  x lightly")
-    for name, values in speeds.items():
-        median = statistics.median(values)
-        print(f"{name:16}{median:>10.0f}{f'{min(values):.0f}-{max(values):.0f}':>14}  {median / base:.2f}")
+    times = measure(jobs, args.repeats, device=args.device, warm_up=True)
+    images = len(dataset) // args.batch_size * args.batch_size
+    table(times, "images/s", lambda seconds: images / seconds, 0, speed(times, "lightly, fp32"))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ loading thread does for two 224 px views, and what the loader takes beyond the s
 count its CPU time. Medians of interleaved repeats. What came out of it and what was done: benchmarks/profile.md.
 """
 
-import argparse
 import collections
 import contextlib
 import os
@@ -32,9 +31,11 @@ import byol
 import mae
 import simsiam
 from benchmarks import loader, step
-from benchmarks.ema_lars import machine
-from common import augment
-from common.data import Loader, build
+from benchmarks.timing import machine, measure, milliseconds, parser, table
+from common import augment, rng
+from common.crop import crop_resize
+from common.datasets import open_dataset
+from common.loader import Loader
 
 KINDS = {  # by the names of an operator and of those that it is part of
     "optimiser": ("Optimizer.step",),
@@ -54,26 +55,6 @@ def kind_of(event):
     return next((kind for kind, parts in KINDS.items() if any(part in text for part in parts)), "rest")
 
 
-def rounds(jobs, repeats, clock=time.process_time):
-    """{name: function} -> {name: seconds of each repeat}, in turns; the first round warms up. With one thread, CPU time
-    is what the clock would show on a machine without other work."""
-    times, order = {name: [] for name in jobs}, list(jobs)
-    for repeat in range(repeats + 1):
-        for name in order:
-            began = clock()
-            jobs[name]()
-            if repeat:
-                times[name].append(clock() - began)
-        order = order[1:] + order[:1]
-    return times
-
-
-def table(times, per):
-    for name, values in times.items():
-        low, middle, high = (1000 * f(values) / per for f in (min, statistics.median, max))
-        print(f"{name:<28}{middle:>10.4f}{f'{low:.4f} - {high:.4f}':>22}")
-
-
 def profile_steps(words):
     """Shares of each kind of operator in the steps of the methods."""
     args = step.parse_args(words)
@@ -88,16 +69,16 @@ def profile_steps(words):
                 yield
                 return
             with profile(
-                activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA][: 1 + (args.device != "cpu")]
+                activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA][: 1 + (args.device.type != "cpu")]
             ) as seen:
                 yield
             for event in seen.events():
-                own = event.self_cpu_time_total if args.device == "cpu" else event.self_device_time_total
+                own = event.self_cpu_time_total if args.device.type == "cpu" else event.self_device_time_total
                 spent[kind_of(event)] += own
                 rest[event.name] += own if kind_of(event) == "rest" else 0
 
         step.Timer.watch = staticmethod(watch)
-        timed, _ = step.measure(name, args)
+        timed, _ = step.timed_run(name, args)
         total = sum(spent.values())
         shares = "".join(f"{spent[kind] / total:>13.0%}" for kind in [*KINDS, "rest"])
         most = ", ".join(f"{key.removeprefix('aten::')} {own / total:.0%}" for key, own in rest.most_common(4))
@@ -105,11 +86,10 @@ def profile_steps(words):
 
 
 def profile_augment(words):
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--repeats", type=int, default=7)
-    args = parser.parse_args(words)
+    flags = parser(None, repeats=7, cpu_time=False)
+    args = flags.parse_args(words)
     torch.set_num_threads(1)
+    seconds = time.process_time if args.device.type == "cpu" else time.perf_counter
     for size, batch in ((224, 64), (32, 512)):
         generator = torch.Generator().manual_seed(0)
         images = torch.randint(0, 256, (batch, size, size, 3), dtype=torch.uint8, generator=generator)
@@ -119,62 +99,54 @@ def profile_augment(words):
         plans |= {name: [(name, rows, amounts)] for name in augment.OPERATORS}
         recipes = {"MoCo v2, SimSiam": simsiam.augmentation, "BYOL, view 1": byol.augmentation, "MAE": mae.augmentation}
         for name, recipe in recipes.items():
-            view = recipe(size)[0]
-            plan = augment.plan(view, augment.uniforms(0, 0, range(batch), 0, augment.DRAWS))
+            plan = recipe(size)[0].plan(rng.uniforms(0, 0, range(batch), 0, augment.DRAWS))
             plans[name] = [(n, *(torch.from_numpy(a).to(args.device) for a in rest)) for n, *rest in plan]
 
         def job(plan, images=images):
-            augment.augment(images, plan, augment.IMAGENET_MEAN, augment.IMAGENET_STD)
-            step.settle(args.device)
+            return lambda: augment.augment(images, plan, augment.IMAGENET_MEAN, augment.IMAGENET_STD)
 
-        print(f"\n{size} px, batch {batch}: ms per view, each operator on all images, with what 'nothing' takes")
-        jobs = {name: lambda plan=plan, job=job: job(plan) for name, plan in plans.items()}
-        table(rounds(jobs, args.repeats, time.process_time if args.device.type == "cpu" else time.perf_counter), batch)
+        print(f"\n{size} px, batch {batch}: ms per view, operators on all images, 'nothing' included", end="")
+        jobs = {name: job(plan) for name, plan in plans.items()}
+        times = measure(jobs, args.repeats, seconds, args.device, warm_up=True)
+        table(times, "ms", lambda s, batch=batch: milliseconds(s) / batch, 4)
 
 
 def profile_input(words):
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--repeats", type=int, default=5)
-    args = parser.parse_args(words)
+    args = parser(None, repeats=5, device=False, cpu_time=False).parse_args(words)
     torch.set_num_threads(1)  # as a loading thread has it
     with tempfile.TemporaryDirectory() as folder:
         loader.make_photos(folder, 64)
-        files, views, n = build(folder, "train"), loader.our_views("two"), 64
+        files, views, n = open_dataset(folder, "train"), loader.our_views("two"), 64
         encoded, decoded = [files.read(i) for i in range(n)], [files[i][0] for i in range(n)]
-        draws = [augment.uniforms(0, 0, range(n), v, augment.DRAWS) for v in range(2)]
-        boxes = [
-            [augment.crop_box(u, *decoded[i].shape[1:], views[v]) for i, u in enumerate(draws[v].tolist())]
-            for v in range(2)
-        ]
-        crops = [augment.crop_resize(decoded[i], boxes[v][i], 224) for v in range(2) for i in range(n)]
+        draws = [rng.uniforms(0, 0, range(n), v, augment.DRAWS) for v in range(2)]
+        pairs = list(zip(views, draws, strict=True))
+        boxes = [[view.box(u, *image.shape[1:]) for u, image in zip(us, decoded, strict=True)] for view, us in pairs]
         buffer = torch.empty(2 * n, 224, 224, 3, dtype=torch.uint8)
         whole = Loader(files, views, n, workers=0)
 
         def uniforms():
-            for v in range(2):
-                augment.plan(views[v], augment.uniforms(0, 0, range(n), v, augment.DRAWS))
+            for v, view in enumerate(views):
+                view.plan(rng.uniforms(0, 0, range(n), v, augment.DRAWS))
 
         def crop():
-            for v in range(2):
-                [augment.crop_resize(decoded[i], boxes[v][i], 224) for i in range(n)]
+            return [crop_resize(image, box, 224) for own in boxes for image, box in zip(decoded, own, strict=True)]
 
+        crops = crop()
         jobs = {
             "read the file": lambda: [files.read(i) for i in range(n)],
             "read and decode": lambda: [files[i] for i in range(n)],
             "numbers and plans, 2 views": uniforms,
-            "boxes, 2 views": lambda: [
-                augment.crop_box(u.tolist(), 375, 500, v) for v, d in zip(views, draws, strict=True) for u in d
-            ],
+            "boxes, 2 views": lambda: [view.box(u, 375, 500) for view, us in pairs for u in us],
             "crop and resize, 2 views": crop,
             "into the batch, 2 views": lambda: [buffer[i].copy_(c.permute(1, 2, 0)) for i, c in enumerate(crops)],
             "the loader, all of these": lambda: list(whole.epoch(0, order=np.arange(n))),
         }
-        times = rounds(jobs, args.repeats)
+        times = measure(jobs, args.repeats, time.process_time, warm_up=True)  # one thread: as on an idle machine
         middle = [statistics.median(values) for values in times.values()]
         size = np.mean([len(e) for e in encoded]) / 1000
-        print(f"\n{n} files of {size:.0f} kB, two 224 px views, one thread: ms per image")
-        table(times, n)
-        print(f"{'beyond the sum':<28}{1000 * (middle[-1] - sum(middle[1:-1])) / n:>10.4f}")
+        print(f"\n{n} files of {size:.0f} kB, two 224 px views, one thread: ms per image", end="")
+        table(times, "ms", lambda s: milliseconds(s) / n, 4)
+        print(f"{'beyond the sum':28}{1000 * (middle[-1] - sum(middle[1:-1])) / n:>16.4f}")
 
 
 PARTS = {"step": profile_steps, "augment": profile_augment, "input": profile_input}
@@ -183,7 +155,7 @@ PARTS = {"step": profile_steps, "augment": profile_augment, "input": profile_inp
 def main():
     if sys.argv[1:2] in (["-h"], ["--help"]) or (sys.argv[1:] and sys.argv[1] not in PARTS):
         sys.exit(__doc__)
-    print(machine(torch.device("cpu")))
+    print(machine())
     for name in sys.argv[1:2] or PARTS:
         print(f"\n{name}")
         PARTS[name](sys.argv[2:])

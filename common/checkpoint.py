@@ -14,45 +14,39 @@ import torch
 from torch import nn
 
 from common import layouts, resnet, vit
+from common.args import default_size, fail
 from common.distributed import barrier, is_main, print0
-from common.log import fail, plain
+from common.files import atomic, make_folder
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
-# Flags that may change between a run and its continuation: none of them alters what is learned, but accum, by the
-# size of the batches that batch norm sees, which is said.
-RUN_FLAGS = {"data", "train_list", "val_list", "out", "workers", "device", "precision", "compile", "accum", "max_steps"}
-RUN_FLAGS |= {"log_every", "save_every", "knn_every", "max_bad", "resume", "init", "dump_clusters"}
-RUN_FLAGS |= {"grad_checkpointing", "pictures_every", "trust_pickle"}
+FORMAT = 2  # of last.pt: a state of another number is that of another version of these scripts
 
 
-def save(path, state, keep=False):
-    """Writes a dictionary from the main process to a temporary file and renames it: nobody ever sees half a file.
+def save_file(path, state, keep=False):
+    """Writes a dictionary from the main process: nobody ever sees half a file.
 
     keep: what was there becomes `<name>.previous.pt`. Ends the program with code 1 when the file cannot be written.
     """
     if not is_main():
         return
     path = Path(path)
-    temporary = path.with_suffix(".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)  # someone may have removed the folder of a run
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())  # a rename must not overtake the contents when the machine loses power
-        if keep and path.exists():
-            path.replace(path.with_suffix(".previous.pt"))
-        temporary.replace(path)
+        with atomic(path) as temporary:
+            with open(temporary, "wb") as file:
+                torch.save(state, file)
+                file.flush()
+                os.fsync(file.fileno())  # a rename must not overtake the contents when the machine loses power
+            if keep and path.exists():
+                path.replace(path.with_suffix(".previous.pt"))
     except (OSError, RuntimeError) as error:  # torch wraps the errors of the system
         reason = getattr(error.__context__ if isinstance(error, RuntimeError) else error, "strerror", None) or error
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         left = f"; the state saved before is in {path}" if path.exists() else ""
         fail(f"cannot write {path}: {str(reason).splitlines()[0]}{left}. Make room, run the same command again", code=1)
 
 
-def load(path, flag, trust_pickle=False):
+def load_file(path, flag, trust_pickle=False):
     """The dictionary in a file. `flag` names it in the message that ends the program when it cannot be read.
 
     A pickle can run any program. None is run here: only tensors, plain values and harmless types are restored, unless
@@ -91,27 +85,28 @@ def _unreadable(flag, path, error, trusted):
     return f"{where} is not a checkpoint that can be read safely: {reason}"
 
 
-def save_run(args, step, images, model, optimizer, scaler, backbone, recipe, **more):
+def save_run(args, step, images, model, optimizer, scaler, backbone, view):
     """Writes `<out>/last.pt`, the complete state of a run, and `<out>/backbone.pt`, all that an evaluation needs.
-
-    recipe: the view whose mean and std the backbone was trained with. more: what else the method has to remember.
-    """
-    meta = {
-        "method": type(model).__name__.lower(),
-        "arch": args.arch,
-        "width": args.width,
-        "image_size": args.image_size,
-        "channels": len(recipe.mean),
-        "mean": list(recipe.mean),
-        "std": list(recipe.std),
-        **getattr(backbone, "config", {}),  # whatever else the architecture needs to be built again
-    }
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-    state |= {"step": step, "images": images, "args": plain(args), "meta": meta, **more}
-    state["backbone_prefix"] = next(n + "." for n, m in model.named_modules() if m is backbone)
+    view: whose mean and std the backbone was trained with."""
+    meta = {"method": type(model).__name__.lower(), "arch": args.arch, "width": args.width}
+    meta |= {"image_size": args.image_size, "channels": len(view.mean), "mean": [*view.mean], "std": [*view.std]}
+    meta |= getattr(backbone, "config", {})  # whatever else the architecture needs to be built again
+    state = run_state(args, step, images, model, optimizer, scaler) | {"meta": meta}
+    state["backbone_prefix"] = prefix_of(backbone, model)
     # last.pt comes last: when it says that a run is complete, so is everything else
-    save(Path(args.out) / "backbone.pt", {"backbone": backbone.state_dict(), "step": step, "meta": meta})
-    save(Path(args.out) / "last.pt", state, keep=True)
+    save_file(Path(args.out) / "backbone.pt", {"backbone": backbone.state_dict(), "step": step, "meta": meta})
+    save_file(Path(args.out) / "last.pt", state, keep=True)
+
+
+def prefix_of(backbone, model):
+    return next(name + "." for name, module in model.named_modules() if module is backbone)
+
+
+def run_state(args, step, images, model, optimizer, scaler):
+    """What `resume` needs. images: their number in the data set."""
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+    recipe = {k: v for k, v in args.plain().items() if k in args.held}
+    return state | {"format": FORMAT, "step": step, "images": images, "args": args.plain(), "recipe": recipe}
 
 
 def resume(args, images, model, optimizer, scaler, name="last.pt"):
@@ -120,11 +115,7 @@ def resume(args, images, model, optimizer, scaler, name="last.pt"):
     A damaged file is replaced by the one saved before it. Ends the program if that does not help either, or with the
     list of differences when the recipe or the number of images differs: nothing starts again from zero in silence.
     """
-    path = Path(args.out) / name
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"--out {args.out} cannot be made: {error.strerror}")
+    path = make_folder(args.out) / name
     barrier()
     found = [p for p in (path, path.with_suffix(".previous.pt")) if p.exists()]
     if not args.resume or not found:
@@ -142,19 +133,17 @@ def resume(args, images, model, optimizer, scaler, name="last.pt"):
             found[0].replace(found[0].with_suffix(".damaged.pt"))
     if not {"args", "step", "model", "optimizer", "scaler", "images"} <= state.keys():
         fail(f"--out {args.out}: {name} is not the state of a run; {remedy}")
-    now = plain(args)
-    names = sorted((now.keys() | state["args"].keys()) - RUN_FLAGS)
-    differences = [
-        f"--{n.replace('_', '-')} was {state['args'].get(n)}, is {now.get(n)}"
-        for n in names
-        if state["args"].get(n) != now.get(n)
-    ]
+    if state.get("format") != FORMAT:
+        fail(f"{path} was written by another version of these scripts, which cannot be continued: {remedy}")
+    was, now = state["recipe"], {k: v for k, v in args.plain().items() if k in args.held}
+    changed = [k for k in sorted(was.keys() | now.keys()) if was.get(k) != now.get(k)]
+    differences = [f"--{k.replace('_', '-')} was {was.get(k)}, is {now.get(k)}" for k in changed]
     if state["images"] != images:
         differences.append(f"the data set had {state['images']} images, has {images}")
     if differences:
         fail(f"{path} is another recipe ({'; '.join(differences)}): {remedy}")
-    if (was := state["args"].get("accum")) != now.get("accum"):
-        print0(f"note        --accum was {was}, is {now.get('accum')}: batch norm now sees batches of another size")
+    if (accum := state["args"].get("accum")) != args.accum:
+        print0(f"note        --accum was {accum}, is {args.accum}: batch norm now sees batches of another size")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
@@ -165,21 +154,17 @@ def resume(args, images, model, optimizer, scaler, name="last.pt"):
 def init_from(path, model):
     """`--init`: weights for a fresh schedule. The whole backbone, from any file that `load_backbone` reads; from the
     last.pt of a run also what else (heads, for instance) has the same name and shape here."""
-    state, own = load(path, "--init"), model.state_dict()
-    found = find(state, f"--init {path}")
-    heads, told = getattr(model.backbone, "heads", None), shape_of(found).get("heads")
+    state, own = load_file(path, "--init"), model.state_dict()
+    found = find_backbone(state, f"--init {path}")
+    heads, told = getattr(model.backbone, "heads", None), network_shape(found).get("heads")
     if heads and told and heads != told:
         known = "heads" in found.meta or found.layout.heads
-        (fail if known else print0)(
-            f"--init {path} was{'' if known else ', as far as one can tell,'} trained with {told} attention heads,"
-            f" this model has {heads}"
-        )
+        was = f"was{'' if known else ', as far as one can tell,'} trained with {told} attention heads"
+        (fail if known else print0)(f"--init {path} {was}, this model has {heads}")
     weights = resize_positions(found.weights, model.backbone)
-    bad, _, _ = compare(model.backbone, weights)
-    if bad:
-        refuse(f"--init {path}", "this model's backbone", model.backbone, weights)
-    prefix = next(n + "." for n, m in model.named_modules() if m is model.backbone)
-    fitting = {prefix + k: v for k, v in weights.items()}
+    if compare_tensors(model.backbone, weights)[0]:
+        refuse_tensors(f"--init {path}", "this model's backbone", model.backbone, weights)
+    fitting = {prefix_of(model.backbone, model) + k: v for k, v in weights.items()}
     if "backbone_prefix" in state:
         fitting = {k: v for k, v in state["model"].items() if k in own and own[k].shape == v.shape} | fitting
     model.load_state_dict(fitting, strict=False)
@@ -187,7 +172,7 @@ def init_from(path, model):
 
 
 # --------------------------------------------------------------------------------------------------- backbones
-def find(state, where, arch=None):
+def find_backbone(state, where, arch=None):
     """The backbone (layouts.Found) in the dictionary of a file: the complete one with the most tensors.
 
     where: flag and path, for the message that ends the program when there is none. arch: what it is said to be.
@@ -198,13 +183,14 @@ def find(state, where, arch=None):
         fail(f"{where}: no backbone found (a ResNet or a ViT in a known layout), its keys are {keys} ...")
 
     def rank(candidate):
-        bad, matched, _ = compare(construct(candidate, shape_of(candidate, arch), where), candidate.weights)
+        network = make_network(candidate, network_shape(candidate, arch), where)
+        bad, matched, _ = compare_tensors(network, candidate.weights)
         return not bad, matched
 
     return max(found, key=rank) if len(found) > 1 else found[0]
 
 
-def shape_of(found, arch=None):
+def network_shape(found, arch=None):
     """The arguments that build the network: what the file says, and where it says nothing, what its shapes tell."""
     if found.family == "resnet":
         told = layouts.resnet_shape(found.weights)
@@ -213,7 +199,7 @@ def shape_of(found, arch=None):
     return told | {k: v for k, v in found.meta.items() if k in told and k != "image_size"}
 
 
-def construct(found, shape, where):
+def make_network(found, shape, where):
     """The network of these arguments, without memory for its weights (on the device "meta")."""
     if found.family == "vit" and shape["heads"] is None:
         dim = round(vit.ARCHS[shape["arch"]][0] * shape["width"])
@@ -231,23 +217,19 @@ def construct(found, shape, where):
     return network
 
 
-def compare(network, weights):
+def compare_tensors(network, weights):
     """Names and shapes of a network and a file: (what differs, a line each; tensors that agree; tensors needed)."""
-    own = network.state_dict()
+    own, there = ({k: tuple(v.shape) for k, v in tensors.items()} for tensors in (network.state_dict(), weights))
     counted = any(k.endswith("num_batches_tracked") for k in weights)  # old files do not have them
     needed = [k for k in own if counted or not k.endswith("num_batches_tracked")]
-    bad = [f"{k} missing" for k in needed if k not in weights]
-    bad += [
-        f"{k} {tuple(weights[k].shape)} instead of {tuple(own[k].shape)}"
-        for k in needed
-        if k in weights and weights[k].shape != own[k].shape
-    ]
+    bad = [f"{k} missing" for k in needed if k not in there]
+    bad += [f"{k} {there[k]} instead of {own[k]}" for k in needed if there.get(k, own[k]) != own[k]]
     matched = len(needed) - len(bad)
     return bad + [f"{k} unexpected" for k in weights if k not in own], matched, len(needed)
 
 
-def refuse(where, name, network, weights):
-    bad, matched, needed = compare(network, weights)
+def refuse_tensors(where, name, network, weights):
+    bad, matched, needed = compare_tensors(network, weights)
     more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
     only = "only " if matched < needed else ""
     fail(f"{where}: {only}{matched}/{needed} tensors match {name}: {'; '.join(bad[:5])}{more}")
@@ -265,47 +247,50 @@ def resize_positions(weights, network):
     return weights | {"pos_embed": vit.resize_positions(table.float(), (side, side), network.grid)}
 
 
+def load_pretrained(args):
+    """The network that the flags of an evaluation name (`Parser.add_pretrained`), and what is known of it."""
+    size = args.image_size or (default_size(args.data) if str(args.pretrained) == "random" else None)
+    rest = (args.seed, args.trust_pickle, getattr(args, "channels", None))
+    return load_backbone(args.pretrained, args.arch, args.width, size, *rest)
+
+
 def load_backbone(path, arch=None, width=None, image_size=None, seed=0, trust_pickle=False, channels=None):
     """The network behind `--pretrained`: (backbone, meta). "random" gives a random initialisation.
 
     arch, width, channels, image_size: taken from the file, which has them in words (ours) or in the shapes of its
     tensors; one of the first three that contradicts it ends the program. Another image_size makes a ViT interpolate
-    its positions.
-    trust_pickle: see `load`. Prints how many tensors matched: all, or the program ends.
+    its positions. trust_pickle: see `load_file`. Prints how many tensors matched: all, or the program ends.
     """
-    if not 1 <= (3 if channels is None else channels) <= 10_000:
-        fail(f"--channels must lie between 1 and 10000, not {channels}")
     if str(path) != "random":
-        state = load(path, "--pretrained", trust_pickle)
-        backbone, meta = assemble(find(state, f"--pretrained {path}", arch), path, arch, width, image_size)
+        found = find_backbone(load_file(path, "--pretrained", trust_pickle), f"--pretrained {path}", arch)
+        backbone, meta = build_backbone(found, path, arch, width, image_size)
         if channels not in (None, meta["channels"]):
             fail(f"--channels {channels}: {path} is for images of {meta['channels']}; leave the flag out")
         return backbone, meta
     meta = {"method": "random", "arch": arch or "resnet50", "width": width or 1.0, "image_size": image_size or 224}
-    meta |= normalisation(channels or 3)
+    meta |= default_statistics(channels or 3)
     torch.manual_seed(seed)
     make = vit.vit if meta["arch"].startswith("vit") else resnet.resnet
-    shape = {k: meta[k] for k in ("width", "image_size", "channels")}
-    backbone = make(meta["arch"], **shape)
+    backbone = make(**{k: meta[k] for k in ("arch", "width", "image_size", "channels")})
     same = f"{meta['arch']}, width {meta['width']:g}, {meta['image_size']} px, {meta['channels']} channels"
     print0(f"pretrained  random: {same}; compare with networks of the same --arch, --width and --image-size")
     return backbone, meta | getattr(backbone, "config", {})
 
 
-def normalisation(channels):
+def default_statistics(channels):
     """Channels, mean and standard deviation where a file says nothing of them: ImageNet's, if they are three."""
     other = {"mean": [0.5] * channels, "std": [0.25] * channels}
     return {"channels": channels} | (IMAGENET if channels == 3 else other)
 
 
-def assemble(found, path, arch=None, width=None, image_size=None):
+def build_backbone(found, path, arch=None, width=None, image_size=None):
     """Builds what was found in a file and loads all of it, or ends the program. Returns (backbone, meta)."""
-    where, shape = f"--pretrained {path}", shape_of(found, arch)
-    backbone, weights = construct(found, shape, where), found.weights
-    if compare(backbone, weights)[0]:
+    where, shape = f"--pretrained {path}", network_shape(found, arch)
+    backbone, weights = make_network(found, shape, where), found.weights
+    if compare_tensors(backbone, weights)[0]:
         if arch in resnet.ARCHS and found.family == "resnet":  # tell what the one that was asked for lacks
-            shape["arch"], backbone = arch, construct(found, shape | {"arch": arch}, where)
-        refuse(where, shape["arch"], backbone, weights)
+            shape["arch"], backbone = arch, make_network(found, shape | {"arch": arch}, where)
+        refuse_tensors(where, shape["arch"], backbone, weights)
     if arch not in (None, shape["arch"]):
         fail(f"--arch {arch}: {path} holds arch {shape['arch']}; leave the flag out")
     if width is not None and round(64 * width) != round(64 * shape["width"]):  # the same number of channels
@@ -317,16 +302,16 @@ def assemble(found, path, arch=None, width=None, image_size=None):
         patch, size = shape["patch_size"], image_size or size
         if size % patch:
             fail(f"--image-size {size}: {path} has patches of {patch} pixels, choose a multiple")
-        backbone = construct(found, shape | {"image_size": size}, where)
+        backbone = make_network(found, shape | {"image_size": size}, where)
         weights = resize_positions(weights, backbone)
         kind += f", patches of {patch}, {shape['heads']} heads"
         kind += "" if "heads" in found.meta else " (assumed from layout and dimension: the tensors do not show it)"
     kind += ", 3x3 stem" if shape.get("small") else ""
-    _, matched, needed = compare(backbone, weights)
+    _, matched, needed = compare_tensors(backbone, weights)
     counters = {k: torch.tensor(0) for k in backbone.state_dict() if k.endswith("num_batches_tracked")}
     backbone.to_empty(device="cpu").load_state_dict(counters | weights)
     meta = {"method": found.name, "arch": shape["arch"], "width": shape["width"], "image_size": size}
-    meta |= normalisation(shape["channels"])
+    meta |= default_statistics(shape["channels"])
     meta |= getattr(backbone, "config", {}) | found.meta | ({"image_size": image_size} if image_size else {})
     print0(f"pretrained  {path}: {meta['method']}, {meta['arch']}{kind}, tensors matched {matched}/{needed}")
     if "mean" not in found.meta:

@@ -1,4 +1,4 @@
-"""Processes: start-up from torchrun's environment, collectives with exact gradients, synchronised batch norm.
+"""Processes: start-up from torchrun's environment, and collectives with exact gradients.
 
 Every function is the identity (or a no-op) when there is one process, so scripts never ask how many there are.
 
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 
-def init(device="auto"):
+def init_processes(device="auto"):
     """Joins the process group that torchrun describes (if any) and returns this process's device.
 
     device: "auto" (CUDA if there is one, else CPU), "cpu", "cuda", "cuda:1", "mps" ...
@@ -38,7 +38,7 @@ def init(device="auto"):
     return device
 
 
-def finish():
+def end_processes():
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -92,7 +92,7 @@ def all_reduce(tensor):
     return _AllReduce.apply(tensor) if world_size() > 1 else tensor
 
 
-def mean(tensor):
+def process_mean(tensor):
     """Mean over processes of equally weighted values, without gradient."""
     return all_reduce(tensor.detach()) / world_size()
 
@@ -126,61 +126,6 @@ def gather_uneven(rows):
     padded[: len(rows)] = rows
     parts = gather(padded).split(max(sizes))
     return torch.cat([part[:n] for part, n in zip(parts, sizes, strict=True)])
-
-
-class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch norm over the batches of all processes, on any device and in any float type.
-
-    PyTorch's own SyncBatchNorm refuses CPU tensors; this one is slower and is used only there.
-    Input (B, C, ...) with equally many elements on each process.
-    """
-
-    def _check_input_dim(self, x):
-        pass
-
-    def forward(self, x):
-        if not self.training:
-            return super().forward(x)
-        dims = [d for d in range(x.ndim) if d != 1]
-        shape = [1, -1] + [1] * (x.ndim - 2)
-        full = x.to(torch.promote_types(x.dtype, torch.float32))
-        n = x.numel() // x.shape[1] * world_size()
-        mean = all_reduce(full.sum(dims)) / n
-        centred = full - mean.view(shape)
-        var = all_reduce(centred.square().sum(dims)) / n
-        if self.track_running_stats:
-            with torch.no_grad():
-                self.num_batches_tracked += 1
-                factor = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor)
-                self.running_var.lerp_((var * n / max(n - 1, 1)).to(self.running_var.dtype), factor)
-        out = centred * torch.rsqrt(var + self.eps).view(shape)
-        if self.affine:
-            out = out * self.weight.view(shape) + self.bias.view(shape)
-        return out.to(x.dtype)
-
-
-def _replace_batch_norm(module):
-    for name, child in module.named_children():
-        if isinstance(child, nn.modules.batchnorm._BatchNorm) and not isinstance(child, SyncBatchNorm):
-            new = SyncBatchNorm(child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats)
-            new.load_state_dict(child.state_dict())
-            new.to(next(iter(child.state_dict().values())))
-            for old_p, new_p in zip(child.parameters(), new.parameters(), strict=True):
-                new_p.requires_grad_(old_p.requires_grad)
-            setattr(module, name, new)
-        else:
-            _replace_batch_norm(child)
-    return module
-
-
-def sync_batch_norm(model):
-    """Makes every batch norm of `model` use the statistics of the global batch."""
-    if world_size() == 1:
-        return model
-    if next(model.parameters()).is_cuda:
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return _replace_batch_norm(model)
 
 
 def parallel(model):

@@ -1,9 +1,9 @@
 """k-means and PCA whitening on the device where the features are, over rows spread across processes.
 
-Each process passes its own rows, however many (even none); together, in rank order, they are the data set.
-Results agree on all processes and, up to rounding, for any number of processes. Memory is bounded by chunks:
-the rows x clusters matrix never exists. Arithmetic is in the dtype of the features (half types are widened to
-float32), also under autocast. On CUDA sums have no fixed order, so last digits vary between runs.
+Each process passes its own rows, however many (even none); together, in rank order, they are the data set. Results
+agree on all processes and, up to rounding, for any number of them. Memory is bounded by chunks: the rows x clusters
+matrix never exists. Arithmetic is in the dtype of the features (half types become float32), also under autocast. On
+CUDA sums have no fixed order, so last digits vary between runs.
 """
 
 from typing import NamedTuple
@@ -12,8 +12,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from common.args import fail
 from common.distributed import all_reduce, any_process, gather, is_main, rank
-from common.log import fail
 
 # Scores of one chunk: a CPU should still have them in cache for the maximum, a GPU wants large products.
 CHUNK_BYTES = {"cpu": 16 << 20, "cuda": 256 << 20}
@@ -33,19 +33,17 @@ class Whitened(NamedTuple):
 
 @torch.no_grad()
 def kmeans(features, k, iterations=20, seed=0, spherical=False, centroids=None):
-    """Lloyd's algorithm: `iterations` times assign and average, then one last assignment. Returns `Clusters`.
+    """Lloyd's algorithm (1982): `iterations` times assign and average, then one last assignment.
 
-    features: (N, D) floats, this process's rows. k: number of clusters, at most the rows of all processes.
-    seed: for start and splits. centroids: (k, D) to start from; by default k distinct rows of the whole set.
-    All processes must pass the same k, seed and centroids. spherical: centroids get unit length after each
-    iteration and rows (unit length too, not checked) go to the largest dot product, not the nearest centroid.
+    features: (N, D) floats, this process's rows. k: at most the rows of all processes. seed: for start and splits.
+    centroids: (k, D) to start from; by default k distinct rows of the whole set. All processes must pass the same k,
+    seed and centroids. spherical: centroids get unit length after each iteration and rows (unit length too, not
+    checked) go to the largest dot product, not the nearest centroid.
 
-    A cluster left empty by an iteration takes half of another, drawn with probability proportional to its
-    size - 1: both get its centroid, alternate dimensions times 1 +- 1/1024, in opposite directions. Nothing
-    follows the last assignment, so it may leave clusters empty (it must, with fewer than k distinct rows).
-    Source: Lloyd 1982; start and splits as in faiss's `Clustering.cpp` (Johnson et al., arXiv:1702.08734).
-
-    Raises ValueError if `centroids` is not (k, D); exits with 2 if k is out of range or a value not finite.
+    A cluster left empty by an iteration takes half of another, drawn with probability proportional to its size - 1:
+    both get its centroid, alternate dimensions times 1 +- 1/1024, in opposite directions. Nothing follows the last
+    assignment, so it may leave clusters empty (it must, with fewer than k distinct rows). Start and splits are as in
+    faiss's `Clustering.cpp` (Johnson et al., arXiv:1702.08734).
     """
     sizes, dtype, wide = _inspect(features)
     if not 1 <= k <= sum(sizes):
@@ -78,13 +76,11 @@ def kmeans(features, k, iterations=20, seed=0, spherical=False, centroids=None):
 
 @torch.no_grad()
 def pca_whiten(features, dim):
-    """Projects on the `dim` leading principal axes and scales each to unit variance. Returns `Whitened`.
+    """Projects on the `dim` leading principal axes and scales each to unit variance, as scikit-learn's PCA does it.
 
-    features: (N, D) floats, this process's rows. dim: axes to keep, 1 to D. Variances are over the rows of
-    all processes, divided by their number - 1. Each axis is turned so that its largest component is positive.
-    Axes without variance (fewer rows than `dim`, constant or repeated columns) project to 0.
-    Source: Jolliffe, Principal Component Analysis; as scikit-learn's `PCA(whiten=True)`.
-    Exits with 2 if `dim` is out of range or a value not finite.
+    features: (N, D) floats, this process's rows. Variances are over the rows of all processes, divided by their number
+    - 1. Each axis is turned so that its largest component is positive. Axes without variance (fewer rows than `dim`,
+    constant or repeated columns) project to 0.
     """
     sizes, dtype, wide = _inspect(features)
     n, d = sum(sizes), features.shape[1]

@@ -93,12 +93,7 @@ NAMINGS = (
 )
 
 # Tensors beside the backbone that no evaluation needs. Others that are left over change what the network computes.
-HEADS = {
-    "resnet": re.compile(r"(fc|head|classifier|projector|predictor|projection_head|prototypes)\."),
-    "vit": re.compile(
-        r"(head|heads|fc|projector|predictor|projection_head|prototypes|pre_logits)\.|mask_token$|decoder_"
-    ),
-}
+HEADS = r"(fc|heads?|classifier|projector|predictor|projection_head|prototypes|pre_logits)\.|mask_token$|decoder_"
 
 
 class Found(NamedTuple):
@@ -164,19 +159,15 @@ def candidates(state):
         naming = next((n for n in NAMINGS if n.mark in part), None)
         if naming:
             seen.add(place)
-            weights, name = _renamed(part, naming), layout.name or naming.name
+            name, weights = layout.name or naming.name, _renamed(part, naming.renames)
             found.append(Found(name, naming.family, weights, layout, naming.stem_relu, _total(tensors), {}))
     return found
 
 
-def _renamed(weights, naming):
-    result = {}
-    for name, value in weights.items():
-        for pattern, replacement in naming.renames.items():
-            name = re.sub(pattern, replacement, name)
-        if not HEADS[naming.family].match(name):
-            result[name] = value
-    return result
+def _renamed(weights, renames):
+    for pattern, replacement in renames.items():
+        weights = {re.sub(pattern, replacement, name): value for name, value in weights.items()}
+    return {name: value for name, value in weights.items() if not re.match(HEADS, name)}
 
 
 # ------------------------------------------------------------------------------------------------------ shapes
@@ -222,19 +213,13 @@ def vit_shape(weights, heads=(), arch=None):
         heads = (384, 12)
     usual = heads[1] if heads and heads[0] == dim else usual
     hidden = len(_shaped(weights, "blocks.0.mlp.fc1.weight", 4 * dim, dim))
-    return {
-        "arch": name,
-        "width": dim / vit.ARCHS[name][0],
-        "image_size": side * patch,
-        "patch_size": patch,
-        "channels": proj.shape[1],
-        "depth": len({k.split(".")[1] for k in weights if k.startswith("blocks.")}),
-        "heads": usual if usual and dim % usual == 0 and dim % 4 == 0 else None,
-        "positions": positions,
-        "pool": "mean" if "fc_norm.weight" in weights and "norm.weight" not in weights else "cls",
-        "mlp_ratio": (hidden + 0.5) / dim,  # rounded down after multiplying with dim
-        "layer_scale": float("blocks.0.ls1.gamma" in weights),  # the values are in the file, this only asks for them
-    }
+    usual = usual if usual and dim % usual == 0 and dim % 4 == 0 else None
+    depth = len({k.split(".")[1] for k in weights if k.startswith("blocks.")})
+    told = {"arch": name, "width": dim / vit.ARCHS[name][0], "image_size": side * patch, "patch_size": patch}
+    told |= {"channels": proj.shape[1], "depth": depth, "heads": usual, "positions": positions}
+    told["pool"] = "mean" if "fc_norm.weight" in weights and "norm.weight" not in weights else "cls"
+    # the ratio is rounded down after multiplying with dim; the values of the scale are in the file, this asks for them
+    return told | {"mlp_ratio": (hidden + 0.5) / dim, "layer_scale": float("blocks.0.ls1.gamma" in weights)}
 
 
 def _positions(table, dim, side):

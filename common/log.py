@@ -1,9 +1,6 @@
-"""What a run tells: one line for every mistake, one line per log step, log.jsonl, pictures, and a clean stop."""
+"""What a run tells while it goes: an opening block, one line per log step, log.jsonl, warnings, and a clean stop."""
 
-import argparse
 import contextlib
-import errno
-import fcntl
 import json
 import math
 import os
@@ -19,108 +16,18 @@ import torch
 import torchvision
 from tqdm import tqdm
 
-from common.distributed import any_process, finish, is_main, print0, world_size
+from common.args import fail
+from common.distributed import any_process, end_processes, is_main, print0, world_size
+from common.files import atomic, make_folder, result_folder
+from common.images import DECODER
 from common.optim import precision_name
 
+try:
+    import fcntl  # a platform without it loses the lock of the run folder, not the program
+except ImportError:
+    fcntl = None
 
-def fail(message, code=2):
-    """Ends the program with one line on stderr (from the main process): code 2 means the user can mend it."""
-    if is_main():
-        print(f"error: {message}", file=sys.stderr, flush=True)
-    raise SystemExit(code)
-
-
-def _explain(kind, error, trace):
-    """The hook for errors that nobody caught: those that a user can mend become one line, others stay as they are."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
-        remedy = "lower --batch-size, or raise --accum, which keeps the batch but takes it in smaller parts"
-        print(f"error: out of memory: {remedy}", file=sys.stderr, flush=True)
-    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
-        print(f"error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr, flush=True)
-    elif isinstance(error, KeyboardInterrupt):
-        print("interrupted; what was saved last is in --out", file=sys.stderr, flush=True)
-    else:
-        sys.__excepthook__(kind, error, trace)
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse that shows defaults, takes no abbreviated flags and reports a mistake in one line."""
-
-    def __init__(self, doc, **kwargs):
-        super().__init__(
-            description=doc,
-            formatter_class=_HelpFormatter,
-            allow_abbrev=False,
-            **kwargs,
-        )
-        sys.excepthook = _explain
-
-    recipe = None  # the defaults of the script that runs, by flag
-
-    def parse_args(self, args=None, namespace=None):
-        Parser.recipe = {action.dest: action.default for action in self._actions}
-        for action in self._actions:  # a default is shown only where there is a text
-            action.help = action.help or action.dest.replace("_", " ")
-        return super().parse_args(args, namespace)
-
-    def error(self, message):
-        fail(f"{message} (try: python {self.prog} --help)")
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    def _get_help_string(self, action):
-        told = "default:" in action.help or "unset:" in action.help or action.nargs == 0
-        return action.help if told or action.default in (None, "") else super()._get_help_string(action)
-
-
-def check_args(args):
-    """Refuses values that no script can use: exit 2 and one line naming the flag."""
-    positive = {"epochs", "batch_size", "accum", "log_every", "width", "lr", "crop_min", "temperature"}
-    positive |= {"channels", "dim", "hidden_dim", "pred_dim", "clusters", "prototypes", "layer_decay", "head_lr"}
-    positive |= {"val_every"}
-    at_most_one = {"crop_min", "flip", "layer_decay", "drop_path", "erase", "smoothing"}
-    most = {
-        "image_size": 10_000,
-        "width": 64,
-        "depth": 1000,
-        "decoder_depth": 1000,
-        "lr": 1e9,
-        "workers": 1000,
-        "channels": 10_000,
-        "batch_size": 10**7,
-        "temperature": 1000,
-    }
-    most |= dict.fromkeys(("dim", "hidden_dim", "pred_dim", "decoder_dim", "pca_dim", "queue", "prototypes"), 10**9)
-    for name, value in vars(args).items():
-        flag = "--" + name.replace("_", "-")
-        if isinstance(value, float) and not math.isfinite(value):
-            fail(f"{flag} must be a finite number, not {value}")
-        if not isinstance(value, (int, float)):
-            continue
-        if value < 0 or (value == 0 and name in positive):
-            fail(f"{flag} must be {'greater than' if name in positive else 'at least'} 0, not {value}")
-        if name in at_most_one and value > 1:
-            fail(f"{flag} must be at most 1, not {value}")
-        if value > most.get(name, value):
-            fail(f"{flag} must be at most {most[name]:g}, not {value}")
-        if name == "image_size" and value < 8:
-            fail(f"{flag} must be at least 8, not {value}")
-    if getattr(args, "momentum", 0) >= 1:
-        fail(f"--momentum must be below 1, not {args.momentum}")
-    if getattr(args, "warmup_epochs", 0) and args.warmup_epochs >= args.epochs:
-        remedy = f"try --warmup-epochs {args.epochs // 10}"
-        fail(f"--warmup-epochs {args.warmup_epochs} must be smaller than --epochs {args.epochs}: {remedy}")
-    parts = world_size() * getattr(args, "accum", 1)
-    if hasattr(args, "accum") and args.batch_size % parts:
-        fail(
-            f"--batch-size {args.batch_size} is not divisible by {world_size()} processes x --accum"
-            f" {parts // world_size()}: try {max(1, round(args.batch_size / parts)) * parts}"
-        )
-
-
-def plain(args):
-    """The arguments as a dictionary of what a checkpoint and JSON can hold."""
-    return {k: v if isinstance(v, (int, float, str, type(None))) else str(v) for k, v in vars(args).items()}
+FAKE = "fake images: their classes are tints, which any network tells apart, so that accuracies mean nothing"
 
 
 class Stop:
@@ -142,14 +49,17 @@ class Stop:
         """The same answer on every process (a collective when there are several)."""
         return any_process(self.flag, device)
 
+    def end(self, step, where):
+        """Ends the program after a signal; everything has been saved in `where`."""
+        print0(f"stopped at step {step}, all saved in {where}: run the same command again to continue")
+        end_processes()
+        raise SystemExit(self.CODE)
+
 
 def _git_commit():
-    try:
-        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-        here = Path(__file__).resolve().parent
+    command, here = ["git", "describe", "--always", "--dirty", "--abbrev=12"], Path(__file__).resolve().parent
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=10).stdout.strip() or None
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 class Logger:
@@ -163,37 +73,25 @@ class Logger:
     def __init__(self, args, loader, total, start, chance=None, name="log"):
         self.args, self.loader, self.total, self.chance = args, loader, total, chance
         self.last = min(total, args.max_steps) if args.max_steps else total
-        self.recent, self.warned, self.stop = [], set(), Stop()
-        self.bar = None
+        self.recent, self.warned, self.stop, self.bar = [], set(), Stop(), None
         self._mark(start)
         if not is_main():
             return
         self.lock = self._lock(Path(args.out) / "lock")
         self.path = Path(args.out) / f"{name}.jsonl"
         kept = []
-        if start and self.path.exists():
-            for line in self.path.read_text().splitlines():
-                try:
-                    if json.loads(line).get("step", 0) <= start:
-                        kept.append(line)
-                except ValueError:  # the line that a killed process was writing
-                    pass
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        temporary.replace(self.path)
-        shutil.copy(sys.argv[0], args.out) if sys.argv[0].endswith(".py") and Path(sys.argv[0]).exists() else None
-        self._write(
-            command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            args=plain(args),
-            versions={
-                "python": sys.version.split()[0],
-                "torch": torch.__version__,
-                "torchvision": torchvision.__version__,
-            },
-            commit=_git_commit(),
-            processes=world_size(),
-            resumed_at=start,
-        )
+        for line in self.path.read_text().splitlines() if start and self.path.exists() else ():
+            with contextlib.suppress(ValueError):  # of the line that a killed process was writing
+                kept += [line] if json.loads(line).get("step", 0) <= start else []
+        with atomic(self.path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in kept))
+        script, *words = sys.argv
+        if script.endswith(".py") and Path(script).exists():
+            shutil.copy(script, args.out)
+        versions = {"python": platform.python_version(), "torch": torch.__version__}
+        versions |= {"torchvision": torchvision.__version__}
+        origin = {"command": " ".join([Path(script).name, *words]), "args": args.plain(), "versions": versions}
+        self._write(**origin, commit=_git_commit(), processes=world_size(), resumed_at=start)
         if start >= self.last:
             print(f"complete    all {self.last} steps were done before; another run needs another --out")
         layout = "{percentage:3.0f}%|{bar:8}| {n_fmt}/{total_fmt} {remaining} left{postfix}"
@@ -207,7 +105,7 @@ class Logger:
         except OSError as error:
             fail(f"--out {self.args.out} cannot be written: {error.strerror}")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl and fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             fail(f"--out {self.args.out}: {file.read() or 'another run'} is writing there; choose another --out")
@@ -235,7 +133,7 @@ class Logger:
             self.bar.update(step - self.bar.n)
         if self.stop.flag and world_size() == 1:
             return True
-        return step % self.args.log_every == 0 or step == self.last or step % self.loader.steps == 0
+        return step % self.args.log_every == 0 or step == self.last or step % self.loader.epoch_steps == 0
 
     def log(self, step, epoch, loss, lr, **monitors):
         """One log step. loss: the global mean, float. monitors: further floats to show (std, ...).
@@ -243,12 +141,11 @@ class Logger:
         Stops the run, with code 1, when the loss is not finite: nothing has been saved since the last good step.
         """
         if not math.isfinite(loss):
-            last = ", ".join(f"{value:.4g}" for value in self.recent) or "none"
-            fail(
-                f"loss is {loss} at step {step} (lr {lr:.3g}; last losses: {last}). The last good state is in"
-                f" {Path(self.args.out) / 'last.pt'} if it was saved: lower --lr, or try --precision fp32",
-                code=1,
+            where = (
+                f"at step {step} (lr {lr:.3g}; last losses: {', '.join(map('{:.4g}'.format, self.recent)) or 'none'})"
             )
+            remedy = f"is in {self.args.out}/last.pt if it was saved: lower --lr, or try --precision fp32"
+            fail(f"loss is {loss} {where}. The last good state {remedy}", code=1)
         self.recent = [*self.recent[-4:], loss]
         seconds = max(time.perf_counter() - self.clock, 1e-9)
         speed = (step - self.step) * self.args.batch_size / seconds
@@ -265,27 +162,23 @@ class Logger:
         text = "  ".join(f"{k} {v}" for k, v in shown.items())
         if not self.bar.disable:
             self.bar.set_postfix_str(text)
-        if self.bar.disable or step % self.loader.steps == 0:  # a bar leaves one line per epoch
+        if self.bar.disable or step % self.loader.epoch_steps == 0:  # a bar leaves one line per epoch
             tqdm.write(f"epoch {epoch:.2f}  step {step}/{self.last}  {text}", file=sys.stdout)
             sys.stdout.flush()
         if monitors.get("std", 1) < 0.1:
-            self.warn(
-                "collapse",
-                f"std {monitors['std']:.3f}: the outputs of all images are nearly equal (collapse). Lower --lr,"
-                " check --batch-size, and look at views.png",
-            )
+            cure = "Lower --lr, check --batch-size, and look at views.png"
+            text = f"std {monitors['std']:.3f}: the outputs of all images are nearly equal (collapse)"
+            self.warn("collapse", f"{text}. {cure}")
         if self.chance and epoch >= 5 and loss > 0.99 * self.chance:
-            self.warn(
-                "chance",
-                f"after {epoch:.0f} epochs the loss is still that of a network that learned nothing: look at views.png"
-                " (can you tell which views belong together?), lower --lr, see the small images in the docstring",
-            )
+            cure = "(can you tell which views belong together?), lower --lr, see the small images in the docstring"
+            text = f"after {epoch:.0f} epochs the loss is still that of a network that learned nothing"
+            if hasattr(self.args, "head_lr"):  # a classifier, trained with the network
+                text = f"after {epoch:.0f} epochs the loss is {loss / self.chance:.3g} times that of guessing"
+                self.warn("chance", f"{text}: lower --head-lr, or --lr")
+            self.warn("chance", f"{text}: look at views.png {cure}")
         if wait > 0.2 and step > 20:
-            self.warn(
-                "wait",
-                f"{wait:.0%} of the time is spent waiting for images: raise --workers (now {self.args.workers}),"
-                " move the images to a faster disk, or store them smaller",
-            )
+            cure = f"raise --workers (now {self.args.workers}), move the images to a faster disk, or store them smaller"
+            self.warn("wait", f"{wait:.0%} of the time is spent waiting for images: {cure}")
 
     def note(self, step, **values):
         """Something measured between steps (k-NN accuracy, clusters in use ...): a line and a record."""
@@ -306,92 +199,84 @@ class Logger:
     def end(self, step):
         """Ends the program after a signal; everything has been saved."""
         self.close()
-        print0(f"stopped at step {step}, all saved in {self.args.out}: run the same command again to continue")
-        finish()
-        raise SystemExit(Stop.CODE)
+        self.stop.end(step, self.args.out)
 
     def close(self):
         if self.bar is not None:
             self.bar.close()
             self.lock.close()
             if self.step >= self.total and self.path.stem == "log":
-                print(f"complete    {self.args.out}/backbone.pt is what eval_*.py, features.py and export.py take")
+                takers = "eval_*.py, features.py, visualize.py and export.py"
+                print(f"complete    {self.args.out}/backbone.pt is what {takers} take")
+
+
+def bar(iterable=None, name="", total=None, **more):
+    """A progress bar that leaves nothing behind, on a terminal and in the main process only."""
+    hidden = not (is_main() and sys.stderr.isatty())
+    return tqdm(iterable, name, total, leave=False, dynamic_ncols=True, disable=hidden, **more)
+
+
+def is_fake(data):
+    """Does --data name the set that is made up?"""
+    return str(data).partition(":")[0] == "fake"
+
+
+def facts(args, meta, train, test, *notes):
+    """What the result of every evaluation begins with. train, test: data sets, or anything else that has a length.
+    notes: what has to be known to read the figures, "" where there is nothing to say."""
+    network = {k: meta[k] for k in ("method", "arch", "width", "image_size")}
+    sizes = {"train": len(train), "test": len(test)}
+    notes = [note for note in (FAKE if is_fake(args.data) else "", *notes) if note]
+    note = {"note": "; ".join(notes)} if notes else {}
+    return {"pretrained": str(args.pretrained), "data": args.data} | network | sizes | note
 
 
 def report(args, name, result):
-    """The end of an evaluation: writes `<out>/eval_<name>.json` and prints the result as the last line, as JSON.
-
-    args: the script's arguments; the folder is args.out, else that of args.pretrained (runs/random for "random").
-    """
-    if not is_main():
-        return
-    out = Path(args.out or ("runs/random" if str(args.pretrained) == "random" else Path(args.pretrained).parent))
-    out.mkdir(parents=True, exist_ok=True)
-    temporary = out / f"eval_{name}.tmp"
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
-    temporary.replace(out / f"eval_{name}.json")
-    print(json.dumps(result), flush=True)
-
-
-def output_std(z):
-    """Collapse monitor: the standard deviation of the normalised outputs (B, D) over the batch, averaged over
-    dimensions, times sqrt(D). 1: spread evenly over the sphere; 0: all images give the same output."""
-    return torch.nn.functional.normalize(z.detach().float(), dim=1).std(0).mean() * z.shape[1] ** 0.5
+    """The end of an evaluation. `eval_<name>.json` in its folder becomes this result, and `evaluations.jsonl` beside it
+    gets one more line: script, time, flags and result of every evaluation so far, so that none is lost to the next one
+    with other flags. The result is the last line printed, as JSON. Ends the processes and returns the result.
+    args: those of the script, whose folder is that of `result_folder`."""
+    if is_main():
+        out = make_folder(result_folder(args.pretrained, args.out))
+        with atomic(out / f"eval_{name}.json") as temporary:
+            temporary.write_text(json.dumps(result, indent=1) + "\n")
+        entry = {"script": f"eval_{name}", "time": time.strftime("%Y-%m-%d %H:%M:%S"), "args": args.plain()}
+        line = json.dumps(entry | {"result": result}) + "\n"
+        with open(out / "evaluations.jsonl", "ab", buffering=0) as file:  # in one piece: several may end at once
+            file.write(line.encode())
+        print(f"results     {out}/eval_{name}.json; those of earlier evaluations, too: {out}/evaluations.jsonl")
+        if "note" in result:
+            print(f"note        {result['note']}")
+        print(json.dumps(result), flush=True)
+    end_processes()
+    return result
 
 
 def _memory():
     """Peak GB of device memory on CUDA, current resident GB of the process on the CPU."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 2**30
-    try:
+    with contextlib.suppress(OSError, ValueError):
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
-    except (OSError, ValueError):
-        return 0.0
-
-
-def rgb(x, mean, std):
-    """Images (B, C, H, W) in [0, 1] as a picture can show them, (B, 3, H, W): the first three channels, or the first in
-    grey. Where these use less than half of the range (12 bits stored in 16), the largest mean + 3 std becomes white."""
-    count = 3 if x.shape[1] >= 3 else 1
-    white = max(m + 3 * s for m, s in zip(mean[:count], std[:count], strict=True))
-    x = x[:, :count] / (white if white < 0.5 else 1)
-    return x.expand(-1, 3, -1, -1).clamp(0, 1)
-
-
-def save_views(path, batch, count=8):
-    """PNG of the first samples of a batch: a column per sample, a row per view, as the network sees them."""
-    if not is_main():
-        return
-    rows = []
-    for x, view in zip(batch.views(), batch.recipes, strict=True):
-        x = x[:count].float().cpu()
-        x = x * torch.tensor(view.std).view(1, -1, 1, 1) + torch.tensor(view.mean).view(1, -1, 1, 1)
-        size = max(96, x.shape[-1])  # small images are enlarged without smoothing, so that their pixels can be seen
-        shown = rgb(x, view.mean, view.std)
-        rows.append(torch.nn.functional.interpolate(shown, (size, size), mode="nearest"))
-    size = max(c.shape[-1] for c in rows)
-    rows = [torch.nn.functional.pad(c, (0, size - c.shape[-1], 0, size - c.shape[-1]), value=1.0) for c in rows]
-    grid = torchvision.utils.make_grid(torch.cat(rows), nrow=len(rows[0]), padding=4, pad_value=1.0)
-    temporary = Path(path).with_suffix(".tmp.png")
-    torchvision.utils.save_image(grid, temporary)
-    temporary.replace(path)
+    return 0.0
 
 
 def describe(args, data, loader, model, **lines):
     """The block printed before the first step: what will happen, in numbers."""
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
-    steps = loader.steps * args.epochs
+    parameters, device = sum(p.numel() for p in model.parameters() if p.requires_grad), next(model.parameters()).device
     classes, labels = getattr(data, "classes", None), getattr(data, "labels", None)
     kind = f"in {len(classes)} classes" if classes else "with labels" if labels is not None else "without labels"
-    images = f"{len(data):,} images {kind}"
-    print0(f"data        {args.data}: {images}, {loader.steps} steps x {args.epochs} epochs = {steps:,} steps")
+    steps = f"{loader.epoch_steps} steps x {args.epochs} epochs = {loader.epoch_steps * args.epochs:,} steps"
+    slow = ", decoded by PIL (slowly; pip install torchcodec)" if DECODER == "PIL" else ""
+    print0(f"data        {args.data}: {len(data):,} images {kind}, {steps}{slow}")
+    if is_fake(args.data):
+        print0(f"note        {FAKE}")
     print0(f"batch       {args.batch_size} = {world_size()} processes x {args.accum} micro-batches x {loader.local}")
-    device = next(model.parameters()).device
-    size = f"width {args.width:g}, {args.image_size} px, {parameters:.2f} M trained parameters"
+    size = f"width {args.width:g}, {args.image_size} px, {parameters / 1e6:.2f} M trained parameters"
     print0(f"model       {args.arch}, {size}, {precision_name(args.precision, device)} on {device.type}")
     for name, text in lines.items():
         print0(f"{name:<11} {text}")
-    usual = (Parser.recipe or {}).get("batch_size")
+    usual = args.defaults.get("batch_size")
     if usual and not usual / 4 <= args.batch_size <= usual * 4:
         print0(f"note        batch {args.batch_size} is far from the recipe's {usual}: --lr may need more than scaling")
     if args.image_size <= 64 and args.arch.startswith("resnet"):
@@ -400,8 +285,7 @@ def describe(args, data, loader, model, **lines):
         print0(f"note        images of at most 64 px: 3x3 stem without pooling, no blur{crops}")
     with contextlib.suppress(Exception):  # an image that cannot be decoded is told later
         height, width = data[0][0].shape[1:]
-        if 2 * max(height, width) <= args.image_size:
-            less = (args.image_size / max(height, width)) ** 2
-            remedy = f"--image-size {max(height, width)} loses nothing and computes {less:.0f} times less"
-            print0(f"note        the first image has {height} x {width} pixels: {remedy}")
+        if 2 * (side := max(height, width)) <= args.image_size:
+            gain = f"loses nothing and computes {(args.image_size / side) ** 2:.0f} times less"
+            print0(f"note        the first image has {height} x {width} pixels: --image-size {side} {gain}")
     print0(f"output      {args.out}")

@@ -97,6 +97,6 @@ def precision(name, device):
     return amp, scaler, torch.float64 if name == "fp64" else torch.float32
 
 
-def full(tensor):
+def upcast(tensor):
     """At least single precision: losses, softmax and distances are never computed in 16 bits."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-from common.log import fail
+from common.args import fail
 
 ARCHS = {
     "resnet18": (BasicBlock, (2, 2, 2, 2)),

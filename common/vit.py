@@ -1,9 +1,7 @@
-"""Vision transformers (Dosovitskiy et al. 2021) with timm's key names, for masked and for interpolated tokens.
+"""Vision transformers (Dosovitskiy et al. 2021) with timm's key names, for masked and for interpolated tokens: pre-norm
+blocks, biases everywhere, exact GELU, LayerNorm of eps 1e-6, no dropout."""
 
-Pre-norm blocks, biases everywhere, exact GELU, LayerNorm of eps 1e-6, no dropout. Linear layers and the patch embedding
-start uniform after Glorot, biases at zero.
-"""
-
+import collections
 import math
 
 import numpy as np
@@ -12,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from common.log import fail
+from common.args import fail
 
 # dim, depth, heads, patch size. Heads do not show in the shapes of a checkpoint: the small one has 6 here (timm, DeiT),
 # while some published weights of the same shapes were trained with 12 heads and mean something else with 6.
@@ -23,7 +21,6 @@ ARCHS = {
     "vit_large": (1024, 24, 16, 16),
     "vit_huge": (1280, 32, 16, 14),
 }
-POSITIONS = ("sincos-xy", "sincos-yx", "learned")
 
 
 def sincos(dim, grid, order="xy"):
@@ -43,17 +40,16 @@ def resize_positions(table, old, new):
     """Positions (1, 1 + rows * columns, dim) of a grid `old`, the class token's first, for a grid `new`: bicubic."""
     if tuple(old) == tuple(new):
         return table
-    extra, patches = table[:, :1], table[:, 1:]
-    maps = patches.reshape(1, *old, -1).permute(0, 3, 1, 2)
+    maps = table[:, 1:].reshape(1, *old, -1).permute(0, 3, 1, 2)
     maps = F.interpolate(maps, tuple(new), mode="bicubic", align_corners=False)
-    return torch.cat([extra, maps.permute(0, 2, 3, 1).flatten(1, 2)], 1)
+    return torch.cat([table[:, :1], maps.permute(0, 2, 3, 1).flatten(1, 2)], 1)
 
 
 def path_factors(u, rate):
-    """Stochastic depth (Huang et al. 2016): what each branch of each block is multiplied with, for every sample.
+    """Stochastic depth (Huang et al. 2016): factors (2 depth, B) of the two branches of each block, for every sample.
 
-    u: uniforms (B, 2 depth), two per block. A branch of block i is dropped (factor 0) with a probability that rises
-    linearly from 0 at the first block to `rate` at the last, and counts 1 / (1 - p) otherwise. Returns (2 depth, B).
+    u: uniforms (B, 2 depth). A branch is dropped (factor 0) with a probability p that rises linearly from 0 at the
+    first block to `rate` at the last, and counts 1 / (1 - p) otherwise.
     """
     depth = u.shape[1] // 2
     p = torch.arange(depth, dtype=u.dtype, device=u.device).mul_(rate / max(1, depth - 1)).repeat_interleave(2)
@@ -83,16 +79,6 @@ class Attention(nn.Module):
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-class MLP(nn.Module):
-    def __init__(self, dim, hidden):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
 class LayerScale(nn.Module):
     """A learned factor per channel (Touvron et al. 2021, CaiT)."""
 
@@ -113,7 +99,8 @@ class Block(nn.Module):
         self.attn = Attention(dim, heads)
         self.ls1 = LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = MLP(dim, int(dim * mlp_ratio))
+        fc1, fc2 = nn.Linear(dim, int(dim * mlp_ratio)), nn.Linear(int(dim * mlp_ratio), dim)
+        self.mlp = nn.Sequential(collections.OrderedDict(fc1=fc1, act=nn.GELU(), fc2=fc2))
         self.ls2 = LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
 
     def forward(self, x, paths=None):
@@ -125,26 +112,14 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """Images (B, channels, H, W) -> features (B, dim).
 
-    image_size: pixels, or (height, width), for which the positions are made; other sizes interpolate them. positions:
-    fixed sines and cosines in either order, or learned. pool: "cls" takes the class token after the final norm, "mean"
-    the mean of the patch tokens, which then passes a norm of its own while the final one is left out (as timm does).
-    checkpointing (an attribute): recompute the blocks in the backward pass instead of storing their insides.
-    freeze_patch_embed: the random patch embedding stays as it is (Chen et al. 2021).
+    image_size: pixels, or (height, width), of the positions; other sizes interpolate them. positions: "sincos-xy" or
+    "sincos-yx" (fixed, see `sincos`), or "learned". pool: "cls" takes the class token after the final norm, "mean" the
+    mean of the patch tokens, which then passes a norm of its own instead (as timm does). block: see `Block`.
+    checkpointing (an attribute): the backward pass recomputes the blocks instead of storing their insides.
     """
 
     def __init__(
-        self,
-        dim,
-        depth,
-        heads,
-        patch_size=16,
-        image_size=224,
-        positions="sincos-xy",
-        pool="cls",
-        mlp_ratio=4,
-        layer_scale=0.0,
-        freeze_patch_embed=False,
-        channels=3,
+        self, dim, depth, heads, patch_size=16, image_size=224, positions="sincos-xy", pool="cls", channels=3, **block
     ):
         super().__init__()
         self.dim, self.heads, self.patch_size, self.pool, self.checkpointing = dim, heads, patch_size, pool, False
@@ -159,12 +134,11 @@ class ViT(nn.Module):
             table[0, 1:] = sincos(dim, self.grid, positions.removeprefix("sincos-"))
         # a parameter in either case: it is part of the checkpoint, and fine-tuning may set it free
         self.pos_embed = nn.Parameter(table, requires_grad=positions == "learned")
-        self.blocks = nn.ModuleList([Block(dim, heads, mlp_ratio, layer_scale) for _ in range(depth)])
+        self.blocks = nn.ModuleList([Block(dim, heads, **block) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim, eps=1e-6) if pool == "cls" else nn.Identity()
         self.fc_norm = nn.LayerNorm(dim, eps=1e-6) if pool == "mean" else nn.Identity()
         initialise(self)
         nn.init.normal_(self.cls_token, std=0.02)
-        self.patch_embed.requires_grad_(not freeze_patch_embed)
 
     def embed(self, x):
         """Patch tokens with their positions (B, L, dim), and the position of the class token (1, 1, dim)."""
@@ -176,9 +150,7 @@ class ViT(nn.Module):
 
     def last(self, x, n=1, keep=None, paths=None):
         """Tokens after each of the last n blocks and the final norm: a list of (B, 1 + L, dim), class token first.
-
-        keep: (B, K) indices of the patches that enter the blocks, in this order (default: all). paths: path_factors.
-        """
+        keep: (B, K) indices of the patches that enter the blocks, in this order (default: all). paths: path_factors."""
         x, position = self.embed(x)
         if keep is not None:
             x = x.gather(1, keep[:, :, None].expand(-1, -1, x.shape[2]))
@@ -186,13 +158,10 @@ class ViT(nn.Module):
         outputs = []
         for i, block in enumerate(self.blocks):
             part = None if paths is None else paths[2 * i : 2 * i + 2]
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, part, use_reentrant=False)
-            else:
-                x = block(x, part)
-            if i >= len(self.blocks) - n:
-                outputs.append(self.norm(x))
-        return outputs
+            again = self.checkpointing and torch.is_grad_enabled()
+            x = checkpoint(block, x, part, use_reentrant=False) if again else block(x, part)
+            outputs = [*outputs, x][-n:]
+        return [self.norm(x) for x in outputs]
 
     def tokens(self, x, keep=None, paths=None):
         """All tokens after the final norm (B, 1 + L, dim), the class token first."""
@@ -213,9 +182,8 @@ def initialise(module):
 
 
 def default_patch(arch, image_size):
-    """Patch size of an architecture at a size in pixels: its own, or of images that are too small for it about an
-    eighth, so that they divide into patches."""
-    size = min(image_size) if not isinstance(image_size, int) else image_size
+    """Its own patch size; up to 128 pixels about an eighth of them, so that 64 patches are left, which fit."""
+    size = image_size if isinstance(image_size, int) else min(image_size)
     if size > 128:
         return ARCHS[arch][3]
     near = [patch for patch in range(max(1, size // 16), size // 4 + 1) if size % patch == 0]
@@ -225,15 +193,10 @@ def default_patch(arch, image_size):
 def vit(
     arch, image_size=224, width=1.0, patch_size=None, depth=None, heads=None, positions="sincos-xy", pool="cls", **more
 ):
-    """A ViT by name. width multiplies its dimension; patch_size, depth and heads replace what the name stands for.
-
-    Images of at most 128 pixels get patches of an eighth of their side, so that 64 tokens are left. more: see ViT.
-    `config` of the result is what a checkpoint has to say beside name, width and image size to build it again.
-    """
+    """A ViT by name. width multiplies its dimension; patch_size, depth and heads replace what the name stands for;
+    more: see ViT. `config` of it is what a checkpoint says beside name, width and image size to build it again."""
     if arch not in ARCHS:
         fail(f"--arch {arch}: unknown, expected one of {', '.join(ARCHS)}")
-    if not 0 < width <= 64:
-        fail(f"--width {width} must lie between 0 and 64")
     dim, usual_depth, usual_heads, _ = ARCHS[arch]
     dim, depth, heads = round(dim * width), depth or usual_depth, heads or usual_heads
     patch_size = patch_size or default_patch(arch, image_size)

@@ -5,7 +5,7 @@
     python results/cifar10.py --table                            # the table of the logs that are there
 
 200 epochs at 32 pixels, k-NN every 10; MAE a ViT-Ti. Recipes are those published for CIFAR-10 where there are any (the
-comments name them), else the method's own at this size. Each run lands in runs/cifar10/<method>; log.jsonl and the
+comments name them), else the method's own at this size. Each run is written to runs/cifar10/<method>; log.jsonl and the
 evaluations are copied to results/cifar10/<method>.* . Other flags go to the pre-training scripts.
 """
 
@@ -33,9 +33,13 @@ RECIPES = {
     "moco": "--weight-decay 5e-4 --temperature 0.1 --queue 4096 --key-momentum 0.99 --crop-min 0.08 --symmetric",
     # the CIFAR-10 part of the authors' repository
     "npid": "--batch-size 128 --lr 0.06 --weight-decay 5e-4 --temperature 0.1 --full-softmax",
+    # Gidaris et al. 2018, the authors' code, there a network in network
+    "rotation_pred": "--batch-size 128 --lr 0.2 --warmup-epochs 0 --milestones 60 120 160 --decay 0.2"
+    " --weight-decay 5e-4 --nesterov",
     # none published
     "deepcluster": "--batch-size 256 --clusters 200",
     "odc": "--clusters 200 --lr 0.06",
+    "relative_loc": "--weight-decay 5e-4 --hidden-dim 512",
     "mae": "--arch vit_tiny --patch-size 4 --decoder-dim 192 --decoder-depth 4 --decoder-heads 3 --lr 6e-4",
 }
 # What others publish for a ResNet-18. lightly: k-NN (k = 200), best of all epochs, at 200 epochs with batch 128 and 512
@@ -56,7 +60,7 @@ PROTOCOL = "swav lr 0.3"  # 100 epochs
 def call(*words):
     print(" ".join(words), flush=True)
     if code := subprocess.run([sys.executable, *words], cwd=ROOT, check=False).returncode:
-        sys.exit(code)  # the script has said why
+        sys.exit(code)  # the script has printed the reason
 
 
 def run(method, data, more):

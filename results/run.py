@@ -4,8 +4,8 @@
     python results/run.py --data data/cifar10 simsiam linear-simsiam
 
 --data is CIFAR-10 as a folder of images, train/<class>/*.jpg and test/<class>/*.jpg. The first 1,000 training and the
-first 200 test images of each class (by file name) are used. Each run lands in runs/results/<method>; its log.jsonl is
-copied to results/cifar10_subset/<method>.jsonl. Evaluations need the run of their method; their JSON is copied to
+first 200 test images of each class (by file name) are used. Each run is written to runs/results/<method>; its log.jsonl
+is copied to results/cifar10_subset/<method>.jsonl. Evaluations need the run of their method; their JSON is copied to
 results/cifar10_subset/<name>.json. `--table` prints the tables from the files that are there.
 """
 
@@ -35,6 +35,8 @@ RECIPES = {
     "odc": "--clusters 50 --min-cluster 20 --centroid-every 10 --lr 0.1 --memory-momentum 0.9 --crop-min 0.08",
     "npid": "--full-softmax --temperature 0.1 --lr 0.06 --weight-decay 5e-4 --bank-momentum 0.9 --crop-min 0.3",
     "mocov3": "--lr 16 --warmup-epochs 1 --temperature 0.2 --hidden-dim 512",
+    "rotation_pred": "--lr 0.4 --weight-decay 5e-4 --nesterov --warmup-epochs 1 --milestones 5 9 12 --decay 0.2",
+    "relative_loc": "--lr 0.4 --weight-decay 5e-4 --hidden-dim 512 --warmup-epochs 1",
     "mae": "--arch vit_tiny --width 0.5 --depth 6 --patch-size 4 --decoder-dim 64 --decoder-depth 2 --decoder-heads 4"
     " --lr 4e-3 --warmup-epochs 2 --pictures-every 5",
 }

@@ -1,4 +1,4 @@
-"""Run by torchrun: trains several scripts, one after the other. Argument: [[script, [flag, ...]], ...] as JSON."""
+"""Run by torchrun: runs several scripts, one after the other. Argument: [[script, [flag, ...]], ...] as JSON."""
 
 import importlib
 import json
@@ -7,11 +7,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from common.distributed import finish
+from common import log, run
+from common.distributed import end_processes
 
 if __name__ == "__main__":
     for script, flags in json.loads(sys.argv[1]):
         module = importlib.import_module(script)
-        module.finish = lambda: None  # one process group for all: a second one may meet the addresses of the first
+        for user in (run, log, module):  # one process group for all: a second one may meet the addresses of the first
+            user.end_processes = lambda: None
         module.main(module.parse_args(flags))
-    finish()
+    end_processes()

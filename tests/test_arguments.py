@@ -1,90 +1,173 @@
-"""Every numeric flag of every script with values that make no sense: one line and exit code 2, never a traceback."""
+"""Every flag of every script: values that make no sense give one line and exit code 2, never a traceback."""
 
 import argparse
 import importlib
 
 import pytest
 
-from common import log
-from tests.helpers import SCRIPTS, flags
+from common import args as arguments
+from common.args import Parser, positive, probability, share, toggle
+from common.checkpoint import resume, run_state, save_file
+from tests.helpers import ROOT, SCRIPTS, TINY, flags, parsed, refused
 
-EVALUATIONS = {
-    "eval_knn": "--pretrained random --data fake:64 --arch resnet18 --width 0.125 --image-size 16",
-    "eval_linear": "--pretrained random --data fake:64 --arch resnet18 --width 0.125 --image-size 16",
-    "eval_finetune": "--pretrained random --data fake:64 --arch resnet18 --width 0.125 --image-size 16",
+RANDOM = "--pretrained random --data fake:64 --arch resnet18 --width 0.125 --image-size 16"
+OTHERS = dict.fromkeys("eval_knn eval_linear eval_finetune eval_semi features visualize".split(), RANDOM)
+OTHERS |= {
     "eval_svm": "--pretrained random --data /nowhere --arch resnet18 --width 0.125",
-    "features": "--pretrained random --data fake:64 --arch resnet18 --width 0.125 --image-size 16",
     "pack": "/nowhere --out /nowhere",
     "export": "--pretrained random --to torchvision --out /nowhere/x.pt",
 }
 
 
-class Done(Exception):
-    """The script has accepted its arguments and would begin to train."""
+class Stopped(Exception):
+    """The script has gone as far as the test wants: it has a parser, or would begin to train."""
 
 
-def numeric_flags(script):
-    """{flag: type} of a script's parser, from the parser itself."""
-    found = {}
+def stop(*args, **kwargs):
+    raise Stopped
 
-    class Captured(Exception):
-        pass
+
+def options(script):
+    """The flags of a script, from its parser itself."""
+    found = []
 
     def capture(parser, *argv):
-        for action in parser._actions:
-            if action.type in (int, float) and action.option_strings:
-                found[action.option_strings[0]] = action.type
-        raise Captured
+        found.extend(action for action in parser._actions if action.option_strings and action.dest != "help")
+        raise Stopped
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stopped):
         patch.setattr(argparse.ArgumentParser, "parse_args", capture)
-        with pytest.raises(Captured):
-            importlib.import_module(script).parse_args([])
+        importlib.import_module(script).parse_args([])
     return found
 
 
+def numeric(script):
+    """{flag: int or float} of those that take a number."""
+    return {a.option_strings[0]: a.type.kind for a in options(script) if hasattr(a.type, "kind")}
+
+
 def outcome(script, words, tmp_path, capsys):
-    """("refused", the line), or ("accepted", "") when the script would have begun to train."""
+    """The line with which the words are refused, or None when the script would have begun to train."""
     module = importlib.import_module(script)
-
-    def stop(*args, **kwargs):
-        raise Done
-
     capsys.readouterr()
     with pytest.MonkeyPatch.context() as patch:
-        if hasattr(module, "describe"):
-            patch.setattr(module, "describe", stop)
+        for user in ("common.run", script):
+            patch.setattr(f"{user}.describe", stop, raising=False)
         patch.chdir(tmp_path)
         try:
             module.main(module.parse_args(words))
-        except Done:
-            return "accepted", ""
+        except Stopped:
+            return None
         except SystemExit as error:
             message = capsys.readouterr().err
             assert error.code == 2 and message.count("\n") == 1 and message.startswith("error: "), message
-            return "refused", message
+            return message
         except (RuntimeError, MemoryError) as error:  # more memory than there is
-            log._explain(type(error), error, error.__traceback__)
+            arguments._explain(type(error), error, error.__traceback__)
             message = capsys.readouterr().err
             assert message.count("\n") == 1 and "out of memory" in message, message
-            return "refused", message
-    return "accepted", ""
+            return message
+    return None
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, *EVALUATIONS])
+def test_no_script_is_forgotten():
+    assert {path.stem for path in ROOT.glob("*.py")} == {*SCRIPTS, *OTHERS, "demo"}
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, *OTHERS])
+def test_every_flag_is_declared_with_its_limits(script):
+    for action in options(script):
+        flag, number = action.option_strings[0], (int, float)
+        values = action.default if isinstance(action.default, (list, tuple)) else [action.default]
+        if isinstance(action, toggle) or any(isinstance(v, bool) for v in values) or action.nargs == 0:
+            assert isinstance(action, toggle) and f"--no-{flag[2:]}" in action.option_strings, flag
+        elif action.type in number or any(isinstance(v, number) for v in values):
+            assert hasattr(action.type, "kind"), f"{flag} takes any number"
+            for value in values:
+                assert value is None or action.type(str(value)) == value, f"{flag} would refuse its default"
+
+
+@pytest.mark.parametrize("script", [*SCRIPTS, *OTHERS])
 def test_words_and_negative_numbers_are_refused(script, tmp_path, capsys):
-    start = flags(script, tmp_path) if script in SCRIPTS else EVALUATIONS[script].split()
-    found = numeric_flags(script)
-    for flag, kind in found.items():
+    start = flags(script, tmp_path) if script in SCRIPTS else OTHERS[script].split()
+    for flag, kind in numeric(script).items():
         for value in ("many", "-1", "1.5" if kind is int else "nan", "-inf"):
-            result, message = outcome(script, [*start, flag, value], tmp_path, capsys)
-            assert result == "refused", f"{flag} {value}"
-            assert flag in message, f"{flag} {value}: {message}"
+            message = outcome(script, [*start, flag, value], tmp_path, capsys)
+            assert message and flag in message, f"{flag} {value}: {message}"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_zero_and_absurd_numbers_are_refused_or_mean_something(script, tmp_path, capsys):
-    start = flags(script, tmp_path)
-    for flag, kind in numeric_flags(script).items():
+    for flag, kind in numeric(script).items():
         for value in ("0", "1000000000000000" if kind is int else "1e300"):
-            outcome(script, [*start, flag, value], tmp_path, capsys)
+            outcome(script, [*flags(script, tmp_path), flag, value], tmp_path, capsys)
+
+
+@pytest.mark.parametrize(
+    "kind, good, bad",
+    [
+        (positive(int), ["1", "1000000000"], ["0", "-3", "1.0", "1e3", "", "1000000001", "inf", "nan"]),
+        (positive(float), ["1e-9", "3"], ["0", "-0.1", "inf", "nan", "1e10", "x"]),
+        (arguments.at_least(2), ["2", "3"], ["1", "2.5"]),
+        (arguments.at_least(0, float, high=3), ["0", "3", "2.5"], ["-1e-9", "3.01"]),
+        (share, ["1e-6", "1"], ["0", "1.01"]),
+        (probability, ["0", "1"], ["-0.01", "1.01"]),
+        (arguments.below_one, ["0", "0.999"], ["1", "-0.1"]),
+    ],
+)
+def test_types(kind, good, bad):
+    assert [kind(text) for text in good] == [float(text) for text in good]
+    assert all(type(kind(text)) is kind.kind for text in good)
+    for text in bad:
+        with pytest.raises(argparse.ArgumentTypeError):
+            kind(text)
+
+
+# ------------------------------------------------------------------------------------------------------- recipe
+def made(tmp_path, *words):
+    """The arguments of a script with a flag of its own in each kind of group."""
+    parser = Parser("doc")
+    parser.add_common(__file__)
+    parser.add_argument_group("method").add_argument("--strength", type=share, default=0.5)
+    parser.add_argument_group("speed", recipe=False).add_argument("--chunk", type=positive(int), default=4)
+    return parser.parse_args(["--data", "fake:8", "--out", str(tmp_path), *words])
+
+
+class Nothing:
+    """What has no state."""
+
+    state_dict = dict
+
+    def load_state_dict(self, state):
+        assert state == {}
+
+
+def test_a_new_flag_belongs_to_the_recipe_unless_its_group_says_no(tmp_path, capsys):
+    none = [Nothing()] * 3
+    args = made(tmp_path)
+    assert "strength" in args.held and "chunk" not in args.held
+    save_file(tmp_path / "last.pt", run_state(args, 5, 8, *none))
+    other = made(tmp_path, "--chunk", "5", "--workers", "1", "--max-steps", "9", "--data", "fake:9")
+    assert resume(other, 8, *none)["step"] == 5
+    assert "--strength was 0.5, is 0.25)" in refused(capsys, resume, made(tmp_path, "--strength", "0.25"), 8, *none)
+    assert "--seed was 0, is 1)" in refused(capsys, resume, made(tmp_path, "--seed", "1"), 8, *none)
+    assert "had 8 images, has 9)" in refused(capsys, resume, args, 9, *none)
+    assert resume(made(tmp_path, "--strength", "0.25", "--no-resume"), 8, *none) is None
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_recipe_of_every_script(script):
+    args = parsed(script)
+    held = {"seed", "image_size", "channels", "stats", "arch", "width", "epochs", "warmup_epochs", "batch_size", "lr"}
+    assert held | {"weight_decay"} <= set(args.held)
+    free = {"data", "train_list", "val_list", "max_bad", "out", "init", "resume", "max_steps", "accum", "workers"}
+    free |= {"device", "precision", "compile", "deterministic", "log_every", "save_every", "knn_every"}
+    assert not free & set(args.held) and free <= vars(args).keys()
+
+
+def test_values_and_copies_of_arguments():
+    args = parsed("simsiam", *TINY.split())
+    other = args.replace(lr=7.0)
+    assert (other.lr, args.lr, other.held, other.defaults) == (7.0, 0.05, args.held, args.defaults)
+    assert args.defaults["batch_size"] == 512 and args.batch_size == 16
+    assert argparse.Namespace(**args.plain(), x=1).x == 1 and args.replace(data={1}).plain()["data"] == "{1}"

@@ -12,10 +12,11 @@ import torch
 import torchvision
 from torch import nn
 
-import eval_knn
-from common.checkpoint import IMAGENET, init_from, load_backbone, save, save_run
+from common.checkpoint import IMAGENET, init_from, load_backbone, save_file, save_run
 from common.resnet import resnet
 from common.vit import ViT, vit
+from tests import helpers
+from tests.helpers import different, main, parsed, state
 
 
 def lively(network, seed=0):
@@ -34,7 +35,28 @@ NO_RELU = copy.deepcopy(STEM)
 NO_RELU.relu = nn.Identity()  # what nn.Sequential(*children) leaves of lightly's ResNet, whose ReLU is a function
 VIT = lively(vit("vit_tiny", 32, patch_size=8, depth=2))
 SMALL = lively(ViT(384, 1, 12, 8, 32, "sincos-yx"))
-IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+IMAGES, LARGER = (torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(1)) for size in (32, 48))
+
+
+def loaded(path, content, **options):
+    """(backbone, meta) of a file with this content."""
+    torch.save(content, path, **options)
+    return load_backbone(path)
+
+
+def same(backbone, network):
+    return torch.equal(backbone.eval()(IMAGES), network(IMAGES))
+
+
+def close(backbone, network, images=IMAGES, tolerance=1e-4):
+    torch.testing.assert_close(backbone.eval()(images), network(images), rtol=tolerance, atol=tolerance)
+
+
+def refused(capsys, path, content=None, **flags):
+    """The one line with which a file is refused, which gets this content first."""
+    if content is not None:
+        torch.save(content, path)
+    return helpers.refused(capsys, load_backbone, path, **flags)
 
 
 def under(prefix, network, change=0.0):
@@ -46,45 +68,33 @@ def head(*names):
     return {name: torch.ones(3) for name in names}
 
 
-def renamed(network, *pairs):
-    result = {}
-    for name, value in network.state_dict().items():
-        for old, new in pairs:
-            name = name.replace(old, new)
-        result[name] = value
-    return result
+def renamed(weights, *pairs):
+    for old, new in pairs:
+        weights = {name.replace(old, new): value for name, value in weights.items()}
+    return weights
+
+
+def prefixed(prefix, weights):
+    return {prefix + k: v for k, v in weights.items()}
 
 
 def mmcls(network):
     """Names of mmcls, whose final norm is called as the first one of a block is."""
     pairs = [("patch_embed.proj.", "patch_embed.projection."), ("blocks.", "layers."), ("mlp.fc1", "ffn.layers.0.0")]
-    pairs += [("mlp.fc2", "ffn.layers.1"), (".norm1.", ".ln1."), (".norm2.", ".ln2.")]
-    names = renamed(network, *pairs)
-    return {("ln1." + k.removeprefix("norm.") if k.startswith("norm.") else k): v for k, v in names.items()}
+    pairs += [("mlp.fc2", "ffn.layers.1"), (".norm1.", ".ln1."), (".norm2.", ".ln2."), ("^norm.", "^ln1."), ("^", "")]
+    return renamed(under("^", network), *pairs)
 
 
 def children(network):
     """nn.Sequential(*list(torchvision.models.resnet18().children())[:-1]): 2 is the ReLU, 3 the pooling, 8 the mean."""
-    pairs = [("layer1.", "4."), ("layer2.", "5."), ("layer3.", "6."), ("layer4.", "7.")]
-    names = renamed(network, *pairs)
-    return {
-        ("0.weight" if k == "conv1.weight" else k.replace("bn1.", "1.", k.startswith("bn1."))): v
-        for k, v in names.items()
-    }
+    stages = [(f"layer{i}.", f"{i + 3}.") for i in range(1, 5)]
+    return renamed(under("^", network), *stages, ("^conv1.", "0."), ("^bn1.", "1."), ("^", ""))
 
 
 def lightly(network):
     """lightly's own ResNet as such a sequence: no modules for ReLU and pooling, and another name of the shortcut."""
-    names = children(network)
-    moved = {"4": "2", "5": "3", "6": "4", "7": "5"}
-    return {
-        ".".join([moved.get(k.split(".")[0], k.split(".")[0]), *k.split(".")[1:]]).replace("downsample", "shortcut"): v
-        for k, v in names.items()
-    }
-
-
-def prefixed(prefix, weights):
-    return {prefix + k: v for k, v in weights.items()}
+    stages = [(f"^{i}.", f"{i - 2}.") for i in range(4, 8)]
+    return renamed(prefixed("^", children(network)), *stages, ("downsample", "shortcut"), ("^", ""))
 
 
 LIGHTNING = {
@@ -98,83 +108,57 @@ ARGS = argparse.Namespace(lr=np.float64(0.1), out=Path("a/b"), flag=np.bool_(Tru
 
 # name of the layout in the printed line, the network, and a file as its authors write it
 FILES = {
-    "moco": ("MoCo", RESNET, {
-        "epoch": 200, "arch": "resnet50", "optimizer": {"state": {}},
-        "state_dict": under("module.encoder_q.", RESNET) | under("module.encoder_k.", RESNET, 1.0)
-        | head("module.encoder_q.fc.0.weight", "module.encoder_q.fc.2.bias", "module.queue"),
-    }),
-    "mocov3 resnet": ("MoCo v3", RESNET, {
-        "state_dict": under("module.base_encoder.", RESNET) | under("module.momentum_encoder.", RESNET, 1.0)
-        | head("module.base_encoder.fc.0.weight", "module.predictor.0.weight"),
-    }),
-    "mocov3 vit": ("MoCo v3", SMALL, {
-        "state_dict": under("module.momentum_encoder.", SMALL, 1.0) | under("module.base_encoder.", SMALL)
-        | head("module.base_encoder.head.0.weight", "module.predictor.0.weight"),
-    }),
-    "simsiam": ("SimSiam", BASIC, {
-        "state_dict": under("module.encoder.", BASIC)
-        | head("module.encoder.fc.6.bias", "module.predictor.0.weight"),
-    }),
-    "swav": ("SwAV", BASIC, under("module.", BASIC)
-        | head("module.projection_head.0.weight", "module.prototypes.weight")),
+    "moco": ("MoCo", RESNET, {"epoch": 200, "arch": "resnet50", "optimizer": {"state": {}}, "state_dict":
+        under("module.encoder_q.", RESNET) | under("module.encoder_k.", RESNET, 1.0)
+        | head("module.encoder_q.fc.0.weight", "module.encoder_q.fc.2.bias", "module.queue")}),
+    "mocov3 resnet": ("MoCo v3", RESNET, {"state_dict":
+        under("module.base_encoder.", RESNET) | under("module.momentum_encoder.", RESNET, 1.0)
+        | head("module.base_encoder.fc.0.weight", "module.predictor.0.weight")}),
+    "mocov3 vit": ("MoCo v3", SMALL, {"state_dict":
+        under("module.momentum_encoder.", SMALL, 1.0) | under("module.base_encoder.", SMALL)
+        | head("module.base_encoder.head.0.weight", "module.predictor.0.weight")}),
+    "simsiam": ("SimSiam", BASIC, {"state_dict":
+        under("module.encoder.", BASIC) | head("module.encoder.fc.6.bias", "module.predictor.0.weight")}),
+    "swav": ("SwAV", BASIC,
+        under("module.", BASIC) | head("module.projection_head.0.weight", "module.prototypes.weight")),
     "swav flat": ("SwAV", BASIC, under("", BASIC) | head("projection_head.0.weight", "prototypes.weight")),
-    "swav training": ("SwAV", BASIC, {
-        "state_dict": under("module.", BASIC) | head("module.prototypes.weight"), "epoch": 3,
-    }),
-    "barlowtwins": ("Barlow Twins", BASIC, {
-        "epoch": 1, "optimizer": {},
-        "model": under("module.backbone.", BASIC) | head("module.projector.0.weight", "module.bn.running_mean"),
-    }),
-    "directclr": ("DirectCLR", BASIC, {
-        "model": under("module.backbone.", BASIC) | head("module.online_head.weight"),
-    }),
-    "feature transformation": ("Feature Transformation", BASIC, {
-        "model": under("module.encoder.", BASIC) | head("module.head.0.weight"),
-        "model_ema": under("encoder.", BASIC, 1.0),
-    }),
+    "swav training": ("SwAV", BASIC,
+        {"state_dict": under("module.", BASIC) | head("module.prototypes.weight"), "epoch": 3}),
+    "barlowtwins": ("Barlow Twins", BASIC, {"epoch": 1, "optimizer": {}, "model":
+        under("module.backbone.", BASIC) | head("module.projector.0.weight", "module.bn.running_mean")}),
+    "directclr": ("DirectCLR", BASIC, {"model":
+        under("module.backbone.", BASIC) | head("module.online_head.weight")}),
+    "feature transformation": ("Feature Transformation", BASIC, {"model_ema": under("encoder.", BASIC, 1.0), "model":
+        under("module.encoder.", BASIC) | head("module.head.0.weight")}),
     "dino backbone": ("timm", VIT, under("", VIT)),
-    "dino full": ("DINO", VIT, {
+    "dino full": ("DINO", VIT, {"args": ARGS, "epoch": 1, "dino_loss": head("center"),
         "student": under("module.backbone.", VIT, 1.0) | head("module.head.mlp.0.weight"),
-        "teacher": under("backbone.", VIT) | head("head.mlp.0.weight", "head.last_layer.weight_g"),
-        "args": ARGS, "epoch": 1, "dino_loss": head("center"),
-    }),
-    "dino full resnet": ("DINO", BASIC, {
-        "student": under("module.backbone.", BASIC, 1.0), "teacher": under("module.backbone.", BASIC), "args": ARGS,
-    }),
+        "teacher": under("backbone.", VIT) | head("head.mlp.0.weight", "head.last_layer.weight_g")}),
+    "dino full resnet": ("DINO", BASIC, {"args": ARGS,
+        "student": under("module.backbone.", BASIC, 1.0), "teacher": under("module.backbone.", BASIC)}),
     "mae": ("timm", VIT, {"model": under("", VIT)}),
-    "mae with decoder": ("MAE", VIT, {
-        "model": under("", VIT) | head("mask_token", "decoder_pos_embed", "decoder_embed.weight")
-        | head("decoder_blocks.0.attn.qkv.weight", "decoder_norm.weight", "decoder_pred.bias"),
-        "args": ARGS, "scaler": {},
-    }),
-    "mmselfsup resnet": ("MMSelfSup", RESNET, {
-        "meta": {"epoch": 1, "config": "text"},
-        "state_dict": under("backbone.", RESNET) | under("encoder_q.0.", RESNET) | under("encoder_k.0.", RESNET, 1.0)
-        | head("queue", "neck.mlp.0.weight"),
-    }),
-    "mmselfsup vit": ("MMSelfSup", VIT, {
-        "meta": {},
-        "state_dict": prefixed("backbone.", mmcls(VIT)) | head("neck.decoder_embed.weight", "backbone.mask_token"),
-    }),
-    "mmselfsup mocov3": ("MMSelfSup, MoCo v3", SMALL, {
-        "meta": {}, "state_dict": prefixed("backbone.", mmcls(SMALL)) | prefixed("base_encoder.0.", mmcls(SMALL)),
-    }),
+    "mae with decoder": ("MAE", VIT, {"args": ARGS, "scaler": {}, "model":
+        under("", VIT) | head("mask_token", "decoder_pos_embed", "decoder_embed.weight")
+        | head("decoder_blocks.0.attn.qkv.weight", "decoder_norm.weight", "decoder_pred.bias")}),
+    "mmselfsup resnet": ("MMSelfSup", RESNET, {"meta": {"epoch": 1, "config": "text"}, "state_dict":
+        under("backbone.", RESNET) | under("encoder_q.0.", RESNET) | under("encoder_k.0.", RESNET, 1.0)
+        | head("queue", "neck.mlp.0.weight")}),
+    "mmselfsup vit": ("MMSelfSup", VIT, {"meta": {}, "state_dict":
+        prefixed("backbone.", mmcls(VIT)) | head("neck.decoder_embed.weight", "backbone.mask_token")}),
+    "mmselfsup mocov3": ("MMSelfSup, MoCo v3", SMALL, {"meta": {}, "state_dict":
+        prefixed("backbone.", mmcls(SMALL)) | prefixed("base_encoder.0.", mmcls(SMALL))}),
     "mmselfsup extracted": ("mmcls", VIT, {"state_dict": mmcls(VIT), "author": "x"}),
-    "solo-learn": ("solo-learn", BASIC, LIGHTNING | {
-        "state_dict": under("backbone.", BASIC) | under("momentum_backbone.", BASIC, 1.0)
-        | head("classifier.weight", "projector.0.weight"),
-    }),
-    "solo-learn, older": ("solo-learn", BASIC, LIGHTNING | {
-        "state_dict": under("encoder.", BASIC) | head("classifier.weight", "predictor.0.weight"),
-    }),
-    "lightly": ("lightly", STEM, LIGHTNING | {
-        "state_dict": under("backbone.", STEM) | head("projection_head.layers.0.weight", "online_classifier.weight"),
-    }),
+    "solo-learn": ("solo-learn", BASIC, LIGHTNING | {"state_dict":
+        under("backbone.", BASIC) | under("momentum_backbone.", BASIC, 1.0)
+        | head("classifier.weight", "projector.0.weight")}),
+    "solo-learn, older": ("solo-learn", BASIC, LIGHTNING | {"state_dict":
+        under("encoder.", BASIC) | head("classifier.weight", "predictor.0.weight")}),
+    "lightly": ("lightly", STEM, LIGHTNING | {"state_dict":
+        under("backbone.", STEM) | head("projection_head.layers.0.weight", "online_classifier.weight")}),
     "lightly, sequence": ("lightly", STEM, LIGHTNING | {"state_dict": prefixed("backbone.", children(STEM))}),
     "lightly, own resnet": ("lightly", NO_RELU, LIGHTNING | {"state_dict": prefixed("backbone.", lightly(STEM))}),
-    "lightly, vit": ("lightly", VIT, LIGHTNING | {
-        "state_dict": under("backbone.vit.", VIT) | head("backbone.mask_token", "decoder.mask_token"),
-    }),
+    "lightly, vit": ("lightly", VIT, LIGHTNING | {"state_dict":
+        under("backbone.vit.", VIT) | head("backbone.mask_token", "decoder.mask_token")}),
     "timm resnet": ("torchvision", STEM, under("", STEM) | head("fc.weight", "fc.bias")),
     "timm vit": ("timm", VIT, under("", VIT) | head("head.weight", "head.bias")),
     "torchvision references": ("torchvision", BASIC, {"model": under("", BASIC) | head("fc.weight"), "args": ARGS}),
@@ -185,69 +169,55 @@ FILES = {
 def test_published_layout(name, tmp_path, capsys):
     """Bit for bit the features of the network, so every tensor is in its place, and no momentum copy was taken."""
     layout, network, content = FILES[name]
-    torch.save(content, tmp_path / "file.pth")
-    backbone, meta = load_backbone(tmp_path / "file.pth")
-    assert torch.equal(backbone.eval()(IMAGES), network(IMAGES))
+    backbone, meta = loaded(tmp_path / "file.pth", content)
+    assert same(backbone, network)
     out = capsys.readouterr().out
     count = len(network.state_dict())
     assert f": {layout}, {meta['arch']}" in out and f"tensors matched {count}/{count}\n" in out
     assert "normalised  with ImageNet's" in out and meta["mean"] == IMAGENET["mean"]
-    if network is RESNET:
-        assert (meta["arch"], meta["width"], meta["image_size"]) == ("resnet50", 0.0625, 224)
-    elif network is BASIC:
-        assert (meta["arch"], meta["width"], meta["image_size"]) == ("resnet18", 0.125, 224) and "stem" not in out
-    elif network in (STEM, NO_RELU):
-        assert (meta["arch"], meta["width"], meta["image_size"]) == ("resnet18", 0.125, 32) and "3x3 stem" in out
-    else:
+    if network in (VIT, SMALL):
         assert meta["heads"] == network.heads and meta["depth"] == len(network.blocks) and meta["patch_size"] == 8
         assert f"{network.heads} heads (assumed" in out and meta["image_size"] == 32
+    else:
+        size = 32 if network in (STEM, NO_RELU) else 224
+        arch = ("resnet50", 0.0625, 224) if network is RESNET else ("resnet18", 0.125, size)
+        assert (meta["arch"], meta["width"], meta["image_size"]) == arch and ("3x3 stem" in out) == (size == 32)
 
 
 def test_files_of_old_torch(tmp_path):
     """The format before zip files, half precision, and batch norms that did not count."""
     content = {k: v.half() for k, v in under("module.", RESNET).items() if "num_batches" not in k}
-    torch.save({"state_dict": content}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    backbone, _ = load_backbone(tmp_path / "old.pth")
-    assert backbone.conv1.weight.dtype == torch.float32
-    torch.testing.assert_close(backbone.eval()(IMAGES), RESNET(IMAGES), rtol=0.05, atol=0.05)
-    assert backbone.bn1.num_batches_tracked == 0
+    backbone, _ = loaded(tmp_path / "old.pth", {"state_dict": content}, _use_new_zipfile_serialization=False)
+    assert backbone.conv1.weight.dtype == torch.float32 and backbone.bn1.num_batches_tracked == 0
+    close(backbone, RESNET, tolerance=0.05)
 
 
 def test_torchvision_networks(tmp_path):
-    """Against torchvision's own forward pass."""
+    """Against torchvision's own forward pass; also as a sequence of its children, which their order numbers."""
     torch.manual_seed(0)
     theirs = lively(torchvision.models.resnet18())
-    torch.save(theirs.state_dict(), tmp_path / "tv.pth")
-    ours, meta = load_backbone(tmp_path / "tv.pth")
+    ours, meta = loaded(tmp_path / "tv.pth", theirs.state_dict())
+    sequence = nn.Sequential(*list(theirs.children())[:-1])
+    numbered, _ = loaded(tmp_path / "a.ckpt", {"state_dict": prefixed("backbone.", sequence.state_dict())})
     theirs.fc = nn.Identity()
-    torch.testing.assert_close(ours.eval()(IMAGES), theirs(IMAGES), rtol=1e-4, atol=1e-4)
+    close(ours, theirs)
+    close(numbered, theirs)
     assert meta["arch"] == "resnet18" and meta["width"] == 1
     theirs = torchvision.models.VisionTransformer(32, 8, 2, 3, 192, 768)
     nn.init.normal_(theirs.encoder.pos_embedding)
-    lively(theirs)
-    content = theirs.state_dict()
+    content = lively(theirs).state_dict()
     theirs.heads = nn.Identity()
     first_release = {k.replace("mlp.0", "mlp.linear_1").replace("mlp.3", "mlp.linear_2"): v for k, v in content.items()}
     for weights in (content, first_release):
-        torch.save(weights, tmp_path / "tv.pth")
-        ours, meta = load_backbone(tmp_path / "tv.pth")
-        torch.testing.assert_close(ours.eval()(IMAGES), theirs(IMAGES), rtol=1e-4, atol=1e-4)
+        ours, meta = loaded(tmp_path / "tv.pth", weights)
+        close(ours, theirs)
         assert meta["positions"] == "learned" and ours.pos_embed.requires_grad
-
-
-def test_children_are_numbered_as_torchvision_numbers_them(tmp_path):
-    theirs = lively(torchvision.models.resnet18())
-    sequence = nn.Sequential(*list(theirs.children())[:-1])
-    torch.save({"state_dict": prefixed("backbone.", sequence.state_dict())}, tmp_path / "a.ckpt")
-    ours, _ = load_backbone(tmp_path / "a.ckpt")
-    torch.testing.assert_close(ours.eval()(IMAGES), sequence(IMAGES).flatten(1), rtol=1e-4, atol=1e-4)
 
 
 def test_stem_of_solo_learn_is_padded_by_two(tmp_path):
     """Its small stem: Conv2d(3, 64, 3, stride 1, padding 2), so the map is two pixels larger than the image."""
-    torch.save({"state_dict": under("backbone.", STEM) | head("classifier.weight")}, tmp_path / "a.ckpt")
-    backbone, _ = load_backbone(tmp_path / "a.ckpt")
-    assert backbone.stages(IMAGES)[0].shape[-2:] == (34, 34) and STEM.stages(IMAGES)[0].shape[-2:] == (32, 32)
+    backbone, _ = loaded(tmp_path / "a.ckpt", {"state_dict": under("backbone.", STEM) | head("classifier.weight")})
+    assert [b.stages(IMAGES)[0].shape[-1] for b in (backbone, STEM)] == [34, 32]
 
 
 def test_flags_that_agree_with_the_file(tmp_path):
@@ -263,44 +233,37 @@ def test_number_of_heads_comes_from_layout_and_table(tmp_path, capsys):
     six = ViT(384, 1, 6, 8, 32, "sincos-yx")
     six.load_state_dict(SMALL.state_dict())
     assert not torch.allclose(six(IMAGES), SMALL(IMAGES), atol=1e-3)
-    torch.save(under("", SMALL), tmp_path / "flat.pth")
-    backbone, meta = load_backbone(tmp_path / "flat.pth")
-    assert meta["heads"] == 12 and meta["positions"] == "sincos-yx" and torch.equal(backbone(IMAGES), SMALL(IMAGES))
-    torch.save(under("", lively(ViT(384, 1, 6, 8, 32, "sincos-xy"))), tmp_path / "flat.pth")
-    _, meta = load_backbone(tmp_path / "flat.pth")
+    backbone, meta = loaded(tmp_path / "flat.pth", under("", SMALL))
+    assert meta["heads"] == 12 and meta["positions"] == "sincos-yx" and same(backbone, SMALL)
+    _, meta = loaded(tmp_path / "flat.pth", under("", lively(ViT(384, 1, 6, 8, 32, "sincos-xy"))))
     assert meta["heads"] == 6 and meta["positions"] == "sincos-xy"
     assert "6 heads (assumed from layout and dimension: the tensors do not show it)" in capsys.readouterr().out
 
 
 def test_dimension_without_a_usual_number_of_heads(tmp_path, capsys):
-    torch.save(lively(ViT(96, 1, 3, 8, 32)).state_dict(), tmp_path / "a.pth")
-    assert "number of heads" in refused(capsys, tmp_path / "a.pth")
+    assert "number of heads" in refused(capsys, tmp_path / "a.pth", lively(ViT(96, 1, 3, 8, 32)).state_dict())
     _, meta = load_backbone(tmp_path / "a.pth", arch="vit_tiny")
     assert meta["heads"] == 3 and meta["width"] == 0.5
-    torch.save(lively(ViT(128, 1, 2, 8, 32)).state_dict(), tmp_path / "b.pth")
-    assert load_backbone(tmp_path / "b.pth")[1]["heads"] == 2
+    assert loaded(tmp_path / "b.pth", lively(ViT(128, 1, 2, 8, 32)).state_dict())[1]["heads"] == 2
 
 
 def test_huge_has_sixteen_heads_of_eighty(tmp_path):
-    torch.save({"model": ViT(1280, 1, 16, 14, 28, mlp_ratio=0.5).state_dict()}, tmp_path / "h.pth")
-    backbone, meta = load_backbone(tmp_path / "h.pth")
+    backbone, meta = loaded(tmp_path / "h.pth", {"model": ViT(1280, 1, 16, 14, 28, mlp_ratio=0.5).state_dict()})
     assert (meta["arch"], meta["heads"], meta["patch_size"], backbone.blocks[0].attn.heads) == ("vit_huge", 16, 14, 16)
 
 
 def test_mean_pooling_and_layer_scale_show_in_the_names(tmp_path):
     network = lively(ViT(192, 2, 3, 8, 32, "learned", "mean", mlp_ratio=3, layer_scale=0.1))
-    torch.save({"model": under("", network) | head("head.weight")}, tmp_path / "finetuned.pth")
-    backbone, meta = load_backbone(tmp_path / "finetuned.pth")
-    assert meta["pool"] == "mean" and torch.equal(backbone(IMAGES), network(IMAGES))
+    backbone, meta = loaded(tmp_path / "finetuned.pth", {"model": under("", network) | head("head.weight")})
+    assert meta["pool"] == "mean" and same(backbone, network)
 
 
 def test_positions_of_another_grid_are_resized(tmp_path, capsys):
     """What the network does by itself with larger images."""
     torch.save({"model": VIT.state_dict()}, tmp_path / "a.pth")
-    larger = torch.rand(2, 3, 48, 48)
     backbone, meta = load_backbone(tmp_path / "a.pth", image_size=48)
     assert backbone.grid == (6, 6) and meta["image_size"] == 48 and backbone.pos_embed.shape == (1, 37, 192)
-    torch.testing.assert_close(backbone(larger), VIT(larger), rtol=1e-5, atol=1e-5)
+    close(backbone, VIT, LARGER, 1e-5)
     assert "4 x 4 patches resized to 6 x 6" in capsys.readouterr().out
     assert "--image-size 50" in refused(capsys, tmp_path / "a.pth", image_size=50)
 
@@ -312,39 +275,38 @@ class Method(nn.Module):
         self.backbone, self.projector = backbone, nn.Linear(backbone.dim, 3)
 
 
-@pytest.mark.parametrize(
-    "arch, width, build",
-    [
-        ("resnet34", 0.3, lambda: resnet("resnet34", 0.3, 16)),  # a width that the channels alone do not give back
-        ("resnet18", 0.125, lambda: resnet("resnet18", 0.125, 32, input_filter=torch.rand(2, 3, 5, 5))),
-        ("vit_tiny", 0.25, lambda: vit("vit_tiny", 32, 0.25, patch_size=4, depth=2, heads=6, positions="learned")),
-        ("vit_small", 0.25, lambda: vit("vit_small", 32, 0.25, patch_size=8, depth=1, pool="mean")),
-    ],
-)
-def test_our_files(arch, width, build, tmp_path, capsys):
+OURS = {
+    "resnet34": (0.3, lambda: resnet("resnet34", 0.3, 16)),  # a width that the channels alone do not give back
+    "resnet18": (0.125, lambda: resnet("resnet18", 0.125, 32, input_filter=torch.rand(2, 3, 5, 5))),
+    "vit_tiny": (0.25, lambda: vit("vit_tiny", 32, 0.25, patch_size=4, depth=2, heads=6, positions="learned")),
+    "vit_small": (0.25, lambda: vit("vit_small", 32, 0.25, patch_size=8, depth=1, pool="mean")),
+}
+
+
+@pytest.mark.parametrize("arch", OURS)
+def test_our_files(arch, tmp_path, capsys):
+    (width, build), none = OURS[arch], argparse.Namespace(state_dict=dict)
     model = Method(lively(build()))
-    args = argparse.Namespace(arch=arch, width=width, image_size=32, out=str(tmp_path))
-    none = argparse.Namespace(state_dict=dict)
+    args = parsed("simsiam", "--arch", arch, "--width", width, "--image-size", 32, "--out", tmp_path)
     recipe = argparse.Namespace(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
     save_run(args, 3, 10, model, none, none, model.backbone, recipe)
     for name in ("backbone.pt", "last.pt"):
         backbone, meta = load_backbone(tmp_path / name)
-        assert torch.equal(backbone.eval()(IMAGES), model.backbone(IMAGES))
+        assert same(backbone, model.backbone)
         assert meta["method"] == "method" and meta["arch"] == arch and meta["width"] == width
         assert meta["mean"] == [0.1, 0.2, 0.3] and meta["std"] == [0.4, 0.5, 0.6]
-        assert meta == torch.load(tmp_path / name, weights_only=True)["meta"]
+        assert meta == state(tmp_path, name)["meta"]
     out = capsys.readouterr().out
     assert "assumed" not in out and "normalised" not in out
     assert f"--width 2.0: {tmp_path}/last.pt holds width {width}" in refused(capsys, tmp_path / "last.pt", width=2.0)
 
 
-def test_random_initialisation_depends_on_the_seed_only():
-    for arch, size in (("resnet18", 32), ("vit_tiny", 32)):
-        a, meta = load_backbone("random", arch, 0.25 if arch == "resnet18" else None, size, seed=5)
-        b, _ = load_backbone("random", arch, 0.25 if arch == "resnet18" else None, size, seed=5)
-        assert meta["method"] == "random" and meta["image_size"] == size and meta["std"] == IMAGENET["std"]
-        assert torch.equal(a.eval()(IMAGES), b.eval()(IMAGES))
-    assert meta["heads"] == 3 and meta["patch_size"] == 4
+@pytest.mark.parametrize("arch, width", [("resnet18", 0.25), ("vit_tiny", None)])
+def test_random_initialisation_depends_on_the_seed_only(arch, width):
+    (a, meta), (b, _), (c, _) = (load_backbone("random", arch, width, 32, seed=seed) for seed in (5, 5, 6))
+    assert meta["method"] == "random" and meta["image_size"] == 32 and meta["std"] == IMAGENET["std"]
+    assert same(a, b.eval()) and not same(a, c.eval())
+    assert width or (meta["heads"] == 3 and meta["patch_size"] == 4)
 
 
 # ------------------------------------------------------------------------------------------------------ --init
@@ -353,49 +315,33 @@ def test_init_reads_the_same_files(tmp_path, capsys):
     projector = model.projector.weight.clone()
     torch.save({"state_dict": under("module.encoder_q.", STEM)}, tmp_path / "moco.pth")
     init_from(tmp_path / "moco.pth", model)
-    assert torch.equal(model.eval().backbone(IMAGES), STEM(IMAGES)) and torch.equal(model.projector.weight, projector)
+    assert same(model.backbone, STEM) and torch.equal(model.projector.weight, projector)
     assert f"{len(STEM.state_dict())} of {len(model.state_dict())} tensors" in capsys.readouterr().out
 
 
 def test_init_takes_heads_from_a_run_and_never_part_of_a_backbone(tmp_path, capsys):
-    old = lively(Method(resnet("resnet18", 0.125, 32)))
-    save(
-        tmp_path / "last.pt", {"model": old.state_dict(), "backbone_prefix": "backbone.", "meta": {"arch": "resnet18"}}
-    )
-    new = Method(resnet("resnet18", 0.125, 32))
+    old, new, wide = (Method(resnet("resnet18", width, 32)) for width in (0.125, 0.125, 0.25))
+    lively(old)
+    content = {"model": old.state_dict(), "backbone_prefix": "backbone.", "meta": {"arch": "resnet18"}}
+    save_file(tmp_path / "last.pt", content)
     init_from(tmp_path / "last.pt", new)
-    assert all(torch.equal(v, old.state_dict()[k]) for k, v in new.state_dict().items())
-    wide = Method(resnet("resnet18", 0.25, 32))
-    before = {k: v.clone() for k, v in wide.state_dict().items()}
-    with pytest.raises(SystemExit) as stop:
-        init_from(tmp_path / "last.pt", wide)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and "--init" in error and "conv1.weight (8, 3, 3, 3) instead of (16, 3, 3, 3)" in error
-    assert all(torch.equal(v, before[k]) for k, v in wide.state_dict().items())
+    assert different(old.state_dict(), new.state_dict()) == []
+    before = copy.deepcopy(wide.state_dict())
+    error = helpers.refused(capsys, init_from, tmp_path / "last.pt", wide)
+    assert "--init" in error and "conv1.weight (8, 3, 3, 3) instead of (16, 3, 3, 3)" in error
+    assert different(before, wide.state_dict()) == []
 
 
 def test_init_knows_about_heads_and_positions(tmp_path, capsys):
     torch.save({"state_dict": under("module.base_encoder.", SMALL)}, tmp_path / "mocov3.pth")
-    with pytest.raises(SystemExit) as stop:
-        init_from(tmp_path / "mocov3.pth", Method(ViT(384, 1, 6, 8, 32)))
-    assert stop.value.code == 2 and "12 attention heads, this model has 6" in capsys.readouterr().err
+    error = helpers.refused(capsys, init_from, tmp_path / "mocov3.pth", Method(ViT(384, 1, 6, 8, 32)))
+    assert "12 attention heads, this model has 6" in error
     model = Method(ViT(384, 1, 12, 8, 48, "sincos-yx"))
     init_from(tmp_path / "mocov3.pth", model)
-    larger = torch.rand(1, 3, 48, 48)
-    torch.testing.assert_close(model.backbone(larger), SMALL(larger), rtol=1e-5, atol=1e-5)
+    close(model.backbone, SMALL, LARGER, 1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------- refusals
-def refused(capsys, path, **flags):
-    """The one line on stderr with which a file is refused."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        load_backbone(path, **flags)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
-    return error
-
-
 def without(network, *parts):
     return {k: v for k, v in network.state_dict().items() if not k.startswith(parts)}
 
@@ -403,25 +349,16 @@ def without(network, *parts):
 BROKEN = {
     "half a resnet": (  # a stem of 6 tensors, 3 blocks of 18 and 4 of 18, and a downsampling of 6 for each of the two
         without(RESNET, "layer3.", "layer4."),
-        ["only 144/318 tensors match resnet50: layer3.0.conv1.weight missing", "and 169 more"],
-    ),
+        ["only 144/318 tensors match resnet50: layer3.0.conv1.weight missing", "and 169 more"]),
     "no stem": (without(RESNET, "conv1.weight"), ["conv1.weight missing"]),
-    "one bias": (
-        without(VIT, "blocks.1.mlp.fc2.bias"),
-        ["only 29/30 tensors match vit_tiny: blocks.1.mlp.fc2.bias missing\n"],
-    ),
-    "half a vit": (
-        {"model": without(VIT, "blocks.0.norm2", "blocks.0.mlp", "blocks.1.norm2", "blocks.1.mlp")},
-        ["18/30", "blocks.0.norm2.weight missing", "and 7 more"],
-    ),
-    "another shape": (
-        without(RESNET, "layer2.0.bn1.bias") | {"layer2.0.bn1.bias": torch.zeros(5)},
-        ["317/318", "layer2.0.bn1.bias (5,) instead of (8,)"],
-    ),
-    "squeeze and excitation": (
-        under("", RESNET) | head("layer1.0.se.fc1.weight"),
-        ["file.pth: 318/318 tensors match resnet50: layer1.0.se.fc1.weight unexpected"],
-    ),
+    "one bias": (without(VIT, "blocks.1.mlp.fc2.bias"),
+        ["only 29/30 tensors match vit_tiny: blocks.1.mlp.fc2.bias missing\n"]),
+    "half a vit": ({"model": without(VIT, "blocks.0.norm2", "blocks.0.mlp", "blocks.1.norm2", "blocks.1.mlp")},
+        ["18/30", "blocks.0.norm2.weight missing", "and 7 more"]),
+    "another shape": (RESNET.state_dict() | {"layer2.0.bn1.bias": torch.zeros(5)},
+        ["317/318", "layer2.0.bn1.bias (5,) instead of (8,)"]),
+    "squeeze and excitation": (under("", RESNET) | head("layer1.0.se.fc1.weight"),
+        ["file.pth: 318/318 tensors match resnet50: layer1.0.se.fc1.weight unexpected"]),
     "registers": (under("", VIT) | head("reg_token"), ["30/30", "reg_token unexpected"]),
     "a swin": (head("patch_embed.proj.weight", "layers.0.blocks.0.attn.qkv.weight"), ["no backbone found"]),
     "a text model": ({"model": head("embeddings.word.weight", "encoder.layer.0.key.weight")}, ["no backbone found"]),
@@ -430,18 +367,15 @@ BROKEN = {
     "a list": ([1, 2], ["holds a list, not a dictionary"]),
     "a tensor": (torch.zeros(3), ["holds a Tensor, not a dictionary"]),
     "no weights": ({"state_dict": 3, "model": [1], "backbone": "x", 5: 6}, ["no backbone found"]),
-    "a wrong table": (
-        without(VIT, "pos_embed") | {"pos_embed": torch.zeros(1, 16, 192)},
-        ["pos_embed (1, 16, 192) instead of (1, 17, 192)"],
-    ),
+    "a wrong table": (VIT.state_dict() | {"pos_embed": torch.zeros(1, 16, 192)},
+        ["pos_embed (1, 16, 192) instead of (1, 17, 192)"]),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", BROKEN)
 def test_never_a_partial_load(case, tmp_path, capsys):
     content, words = BROKEN[case]
-    torch.save(content, tmp_path / "file.pth")
-    error = refused(capsys, tmp_path / "file.pth")
+    error = refused(capsys, tmp_path / "file.pth", content)
     for word in ["--pretrained", "file.pth", *words]:
         assert word in error, error
 
@@ -450,8 +384,10 @@ def test_wide_resnet_of_torchvision_is_refused(tmp_path, capsys):
     """Its blocks alone are wider, which no width here means."""
     with torch.device("meta"):
         names = torchvision.models.wide_resnet50_2().state_dict()
-    torch.save({k: torch.zeros(()).expand(v.shape) for k, v in names.items()}, tmp_path / "wide.pth")
-    assert "layer1.0.conv1.weight (128, 64, 1, 1) instead of (64, 64, 1, 1)" in refused(capsys, tmp_path / "wide.pth")
+    content = {k: torch.zeros(()).expand(v.shape) for k, v in names.items()}
+    assert "layer1.0.conv1.weight (128, 64, 1, 1) instead of (64, 64, 1, 1)" in refused(
+        capsys, tmp_path / "a.pth", content
+    )
 
 
 def test_flags_that_contradict_the_file(tmp_path, capsys):
@@ -460,23 +396,17 @@ def test_flags_that_contradict_the_file(tmp_path, capsys):
     assert "--arch vit_base: " in refused(capsys, tmp_path / "a.pth", arch="vit_base")
     assert "--width 1.0: " in refused(capsys, tmp_path / "a.pth", width=1.0)
     assert "holds arch resnet50; leave the flag out" in refused(capsys, tmp_path / "a.pth", arch="resnet18")
-    torch.save(without(RESNET, "layer4.2"), tmp_path / "half.pth")
-    assert "300/" in refused(capsys, tmp_path / "half.pth", arch="resnet50")
+    assert "300/" in refused(capsys, tmp_path / "half.pth", without(RESNET, "layer4.2"), arch="resnet50")
 
 
-def test_the_longest_complete_backbone_is_taken(tmp_path):
+@pytest.mark.parametrize("order", ["model teacher", "teacher model"])
+def test_the_longest_complete_backbone_is_taken(order, tmp_path):
     """A whole network before a larger one that is not whole, and the larger of two whole ones; wherever they stand."""
     broken = without(RESNET, "layer4.2")  # 300 tensors, more than the 120 of the other network
-    whole = RESNET.state_dict()
-    for content, network in (
-        ({"model": broken, "teacher": STEM.state_dict()}, STEM),
-        ({"model": STEM.state_dict(), "teacher": broken}, STEM),
-        ({"model": STEM.state_dict(), "teacher": whole}, RESNET),
-        ({"model": whole, "teacher": STEM.state_dict()}, RESNET),
-    ):
-        torch.save(content, tmp_path / "a.pth")
-        backbone, _ = load_backbone(tmp_path / "a.pth")
-        assert torch.equal(backbone.eval()(IMAGES), network(IMAGES))
+    for larger, expected in ((broken, STEM), (RESNET.state_dict(), RESNET)):
+        content = dict(zip(order.split(), (larger, STEM.state_dict()), strict=True))
+        backbone, _ = loaded(tmp_path / "a.pth", {k: content[k] for k in ("model", "teacher")})
+        assert same(backbone, expected)
 
 
 # ----------------------------------------------------------------------------------------------------- pickles
@@ -515,22 +445,18 @@ def test_no_pickle_is_executed(place, tmp_path, capsys):
 
 
 def test_objects_of_other_libraries_need_trust(tmp_path, capsys):
-    torch.save({"model": STEM.state_dict(), "config": Config(a=1)}, tmp_path / "a.pth")
-    assert "Config" in refused(capsys, tmp_path / "a.pth")
+    assert "Config" in refused(capsys, tmp_path / "a.pth", {"model": STEM.state_dict(), "config": Config(a=1)})
     backbone, _ = load_backbone(tmp_path / "a.pth", trust_pickle=True)
-    assert torch.equal(backbone.eval()(IMAGES), STEM(IMAGES))
-    with pytest.raises(SystemExit):
-        init_from(tmp_path / "a.pth", Method(resnet("resnet18", 0.125, 32)))
-    assert "convert it by export.py --trust-pickle" in capsys.readouterr().err
+    assert same(backbone, STEM)
+    error = helpers.refused(capsys, init_from, tmp_path / "a.pth", Method(resnet("resnet18", 0.125, 32)))
+    assert "convert it by export.py --trust-pickle" in error
 
 
 def test_evaluation_of_a_published_file(tmp_path, capsys):
     torch.save({"state_dict": under("module.encoder_q.", STEM), "config": Config(a=1)}, tmp_path / "moco.pth")
-    words = ["--pretrained", str(tmp_path / "moco.pth"), "--data", "fake:64", "--image-size", "16", "--k", "5"]
-    with pytest.raises(SystemExit):
-        eval_knn.main(eval_knn.parse_args(words))
-    assert "add --trust-pickle" in capsys.readouterr().err
-    result = eval_knn.main(eval_knn.parse_args([*words, "--trust-pickle", "--workers", "0"]))
+    words = ["--pretrained", tmp_path / "moco.pth", *"--data fake:64 --image-size 16 --k 5 --workers 0".split()]
+    assert "add --trust-pickle" in helpers.refused(capsys, main, "eval_knn", *words)
+    result = main("eval_knn", *words, "--trust-pickle")
     assert (result["method"], result["arch"], result["width"], result["image_size"]) == ("MoCo", "resnet18", 0.125, 16)
 
 
@@ -542,10 +468,11 @@ def test_class_that_is_not_installed(tmp_path, capsys):
 
 
 def test_damaged_files(tmp_path, capsys):
-    torch.save({"state_dict": under("module.encoder_q.", STEM)}, tmp_path / "whole.pth")
-    whole = (tmp_path / "whole.pth").read_bytes()
-    torch.save(STEM.state_dict(), tmp_path / "legacy.pth", _use_new_zipfile_serialization=False)
-    legacy = (tmp_path / "legacy.pth").read_bytes()
+    path = tmp_path / "part.pth"
+    torch.save({"state_dict": under("module.encoder_q.", STEM)}, path)
+    whole = path.read_bytes()
+    torch.save(STEM.state_dict(), path, _use_new_zipfile_serialization=False)
+    legacy = path.read_bytes()
     for part in (
         b"",
         whole[: len(whole) // 2],
@@ -555,7 +482,9 @@ def test_damaged_files(tmp_path, capsys):
         b"PK\x03\x04 no zip",
         b"\x80\x02",
     ):
-        (tmp_path / "part.pth").write_bytes(part)
-        assert "part.pth" in refused(capsys, tmp_path / "part.pth")
+        path.write_bytes(part)
+        assert "part.pth" in refused(capsys, path)
+    path.write_text("not a checkpoint")
+    assert "is not a checkpoint" in refused(capsys, path)
     assert "no such file" in refused(capsys, tmp_path / "missing.pth")
     assert "is a folder: name the file in it" in refused(capsys, tmp_path)

@@ -1,8 +1,7 @@
-"""ResNet, LARS, schedules, checkpoints, k-NN, synchronised batch norm: the plumbing, piece by piece."""
+"""ResNet, LARS, schedules, k-NN, synchronised batch norm: the plumbing, piece by piece."""
 
 import copy
 import math
-import pickle
 
 import numpy as np
 import pytest
@@ -10,8 +9,12 @@ import torch
 import torchvision
 from torch import nn
 
-from common import checkpoint, distributed, knn, optim
+from common import batchnorm, distributed, files, knn, optim
+from common.augment import EvalView
+from common.datasets import Fake
+from common.features import by_size, extract, output_std
 from common.resnet import resnet
+from tests.helpers import SMALL, different, rows, unit
 
 
 # --------------------------------------------------------------------------------------------------- backbones
@@ -28,21 +31,34 @@ def test_resnet_equals_torchvision(arch):
 
 
 def test_stages_and_small_stem():
-    x = torch.randn(2, 3, 32, 32)
     small = resnet("resnet18", 0.25, image_size=32)
-    assert [tuple(m.shape[1:]) for m in small.stages(x)] == [
-        (16, 32, 32),
-        (16, 32, 32),
-        (32, 16, 16),
-        (64, 8, 8),
-        (128, 4, 4),
-    ]
+    shapes = [tuple(m.shape[1:]) for m in small.stages(torch.randn(2, 3, 32, 32))]
+    assert shapes == [(16, 32, 32), (16, 32, 32), (32, 16, 16), (64, 8, 8), (128, 4, 4)]
     assert small.dim == 128 and isinstance(small.maxpool, nn.Identity)
-    large = resnet("resnet50", image_size=224)
-    shapes = [tuple(m.shape[1:]) for m in large.stages(torch.randn(1, 3, 224, 224))]
-    assert shapes == [(64, 112, 112), (256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7)]
-    assert resnet("resnet18", image_size=64).conv1.stride == (1, 1)
-    assert resnet("resnet18", image_size=65).conv1.stride == (2, 2)
+    with torch.device("meta"):
+        shapes = [tuple(m.shape[1:]) for m in resnet("resnet50", image_size=224).stages(torch.randn(1, 3, 224, 224))]
+        assert shapes == [(64, 112, 112), (256, 56, 56), (512, 28, 28), (1024, 14, 14), (2048, 7, 7)]
+        assert [resnet("resnet18", image_size=size).conv1.stride[0] for size in (64, 65)] == [1, 2]
+
+
+def test_views_of_several_sizes_pass_by_size():
+    """Sizes 8, 6, 8: a network that subtracts the mean of what passes together tells who passed together."""
+    views = [rows(2, 3, size, size, seed=size + v) for v, size in enumerate((8, 6, 8))]
+
+    def network(x):
+        return x.mean((1, 2, 3)) - x.mean()
+
+    together = torch.cat([views[0], views[2]]).mean()
+    found = by_size(network, views)
+    for v, mean in enumerate((together, views[1].mean(), together)):
+        torch.testing.assert_close(found[v], views[v].mean((1, 2, 3)) - mean)
+
+
+def test_monitor_of_collapse():
+    assert output_std(rows(4000, 32)).item() == pytest.approx(1, abs=0.02)
+    assert output_std(torch.ones(5, 32)).item() == 0
+    assert output_std(3 * rows(50, 8)).item() == pytest.approx(output_std(rows(50, 8)).item())
+    assert output_std(unit(7, 5)).item() == pytest.approx(unit(7, 5).numpy().std(0, ddof=1).mean() * 5**0.5)
 
 
 # ------------------------------------------------------------------------------------------------ optimisation
@@ -79,20 +95,16 @@ def test_lars_equals_the_slow_formula():
 
 
 def test_cosine_schedule():
-    assert [optim.cosine(s, 100, 10) for s in (0, 5, 10)] == [0, 0.5, 1]
-    assert optim.cosine(55, 100, 10) == pytest.approx(0.5)
-    assert optim.cosine(100, 100, 10) == pytest.approx(0)
+    assert [optim.cosine(s, 100, 10) for s in (0, 5, 10)] == [0, 0.5, 1] and optim.cosine(0, 100) == 1
+    assert [optim.cosine(s, 100, 10) for s in (55, 100)] == pytest.approx([0.5, 0])
     assert optim.cosine(100, 100, 10, final=0.001) == pytest.approx(0.001)
-    assert optim.cosine(0, 100) == 1
 
 
 # ---------------------------------------------------------------------------------------------------- nearest
 def slow_knn(train, labels, test, k, temperature):
-    train = train / np.linalg.norm(train, axis=1, keepdims=True)
-    test = test / np.linalg.norm(test, axis=1, keepdims=True)
     predictions = []
     for x in test:
-        similarity = train @ x
+        similarity = (train @ x) / np.linalg.norm(train, axis=1) / np.linalg.norm(x)
         votes = np.zeros(labels.max() + 1)
         for i in np.argsort(-similarity, kind="stable")[:k]:
             votes[labels[i]] += math.exp(similarity[i] / temperature)
@@ -122,54 +134,11 @@ def test_knn_with_fewer_training_samples_than_k():
 
 
 def test_extraction_leaves_the_backbone_as_it_was():
-    from common.augment import EvalView
-    from common.data import Fake
-
-    backbone = resnet("resnet18", 0.125, 16).train()
+    backbone = resnet(*SMALL).train()
     before = copy.deepcopy(backbone.state_dict())
-    features, labels = knn.extract(backbone, Fake(21, 0, 16), EvalView(16), "cpu", workers=2, batch_size=8)
+    features, labels = extract(backbone, Fake(21, 0, 16), EvalView(16), "cpu", workers=2, batch_size=8)
     assert features.shape == (21, 64) and labels.tolist() == [i % 10 for i in range(21)]
-    assert backbone.training
-    assert all(torch.equal(v, before[k]) for k, v in backbone.state_dict().items())
-
-
-# ------------------------------------------------------------------------------------------------- checkpoints
-def test_backbone_round_trip_and_torchvision_file(tmp_path):
-    network = resnet("resnet18", 0.25, 32)
-    meta = {"arch": "resnet18", "width": 0.25, "image_size": 32, "method": "x", "mean": [0.5] * 3, "std": [0.5] * 3}
-    meta["channels"] = 3
-    checkpoint.save(tmp_path / "b.pt", {"backbone": network.state_dict(), "meta": meta})
-    loaded, found = checkpoint.load_backbone(tmp_path / "b.pt")
-    assert found == meta
-    assert all(torch.equal(v, network.state_dict()[k]) for k, v in loaded.state_dict().items())
-    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "tv.pt")
-    loaded, found = checkpoint.load_backbone(tmp_path / "tv.pt", arch="resnet18")
-    assert found["arch"] == "resnet18" and loaded.dim == 512
-
-
-class Bomb:
-    def __reduce__(self):
-        return (print, ("a pickle was executed",))
-
-
-def test_bad_checkpoints_end_with_one_line(tmp_path, capsys):
-    half = {k: v for k, v in resnet("resnet18").state_dict().items() if not k.startswith("layer4")}
-    (tmp_path / "text.pt").write_text("not a checkpoint")
-    (tmp_path / "empty.pt").write_bytes(b"")
-    torch.save(half, tmp_path / "half.pt")
-    torch.save({"a": torch.zeros(2)}, tmp_path / "other.pt")
-    torch.save([1, 2], tmp_path / "list.pt")
-    torch.save({"conv1.weight": Bomb()}, tmp_path / "bomb.pt")
-    (tmp_path / "bomb2.pt").write_bytes(pickle.dumps(Bomb()))
-    cases = {"missing.pt": "no such file", "text.pt": "not a checkpoint", "empty.pt": "not a checkpoint"}
-    cases |= {"half.pt": "only 90/120 tensors", "other.pt": "no backbone found", "list.pt": "not a dictionary"}
-    cases |= {"bomb.pt": "safely", "bomb2.pt": "safely"}
-    for name, words in cases.items():
-        with pytest.raises(SystemExit) as stop:
-            checkpoint.load_backbone(tmp_path / name, arch="resnet18")
-        out = capsys.readouterr()
-        assert stop.value.code == 2 and out.err.count("\n") == 1 and words in out.err, (name, out.err)
-        assert "executed" not in out.out + out.err
+    assert backbone.training and different(before, backbone.state_dict()) == []
 
 
 # ------------------------------------------------------------------------------------------------- distributed
@@ -177,22 +146,31 @@ def test_everything_is_the_identity_in_one_process():
     x = torch.randn(3, 2)
     assert distributed.gather(x) is x and distributed.all_reduce(x) is x and distributed.gather_uneven(x) is x
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
-    assert distributed.sync_batch_norm(model) is model and distributed.parallel(model) is model
+    assert batchnorm.sync_batch_norm(model) is model and distributed.parallel(model) is model
     assert distributed.any_process(True, "cpu") is True
 
 
 @pytest.mark.parametrize("affine", [True, False])
 def test_own_batch_norm_equals_torch(affine):
-    torch.manual_seed(1)
     theirs = nn.BatchNorm2d(3, affine=affine).double()
-    ours = distributed.SyncBatchNorm(3, affine=affine).double()
-    for _ in range(2):
-        a = torch.randn(4, 3, 5, 5, dtype=torch.float64, requires_grad=True)
-        b = a.detach().clone().requires_grad_()
-        weight = torch.randn_like(a)
+    ours = batchnorm.SyncBatchNorm(3, affine=affine).double()
+    for seed in range(2):
+        a, b = (rows(4, 3, 5, 5, seed=seed).requires_grad_() for _ in range(2))
+        weight = rows(4, 3, 5, 5, seed=9)
         (theirs(a) * weight).sum().backward()
         (ours(b) * weight).sum().backward()
         torch.testing.assert_close(a.grad, b.grad, atol=1e-12, rtol=0)
-    for name, value in theirs.state_dict().items():
-        torch.testing.assert_close(ours.state_dict()[name], value, atol=1e-12, rtol=0)
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), atol=1e-12, rtol=0)
     torch.testing.assert_close(ours.eval()(a), theirs.eval()(a), atol=1e-12, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------------------- files
+def test_a_file_is_whole_or_not_there(tmp_path):
+    path = tmp_path / "a.txt"
+    with files.atomic(path) as temporary:
+        temporary.write_text("one")
+        assert not path.exists() and temporary.suffix == ".txt" and temporary.parent == tmp_path
+    with pytest.raises(KeyboardInterrupt), files.atomic(path, shared=True) as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert path.read_text() == "one" and list(tmp_path.iterdir()) == [path]

@@ -10,28 +10,17 @@ import torch
 import torchvision
 from torch import nn
 
-import export
 from common.checkpoint import load_backbone
 from common.resnet import resnet
 from common.vit import ViT, vit
-from tests.helpers import command
+from tests.helpers import command, main, refused
 
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
 
 def run(source, target, out, *more):
     """The path that export.py's main wrote."""
-    words = ["--pretrained", source, "--to", target, "--out", out, *more]
-    return export.main(export.parse_args([str(word) for word in words]))
-
-
-def refused(capsys, *words):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        run(*words)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1, error
-    return error
+    return main("export", "--pretrained", source, "--to", target, "--out", out, *more)
 
 
 @pytest.fixture
@@ -71,23 +60,15 @@ def test_the_whole_of_a_resnet50(tmp_path):
 
 
 # Our names and detectron2's, written out from its ResNet: every kind of tensor that a bottleneck network has.
-DETECTRON2 = {
-    "conv1.weight": "stem.conv1.weight",
-    "bn1.weight": "stem.conv1.norm.weight",
-    "bn1.bias": "stem.conv1.norm.bias",
-    "bn1.running_mean": "stem.conv1.norm.running_mean",
-    "layer1.0.conv1.weight": "res2.0.conv1.weight",
-    "layer1.0.bn1.weight": "res2.0.conv1.norm.weight",
-    "layer1.0.conv2.weight": "res2.0.conv2.weight",
-    "layer1.0.bn2.bias": "res2.0.conv2.norm.bias",
-    "layer1.0.downsample.0.weight": "res2.0.shortcut.weight",
-    "layer1.0.downsample.1.running_var": "res2.0.shortcut.norm.running_var",
-    "layer2.3.conv3.weight": "res3.3.conv3.weight",
-    "layer2.3.bn3.running_var": "res3.3.conv3.norm.running_var",
-    "layer3.5.bn1.running_mean": "res4.5.conv1.norm.running_mean",
-    "layer4.2.conv1.weight": "res5.2.conv1.weight",
-    "layer4.0.downsample.1.weight": "res5.0.shortcut.norm.weight",
-}
+DETECTRON2 = """
+conv1.weight stem.conv1.weight  bn1.weight stem.conv1.norm.weight  bn1.bias stem.conv1.norm.bias
+bn1.running_mean stem.conv1.norm.running_mean  layer1.0.conv1.weight res2.0.conv1.weight
+layer1.0.bn1.weight res2.0.conv1.norm.weight  layer1.0.conv2.weight res2.0.conv2.weight
+layer1.0.bn2.bias res2.0.conv2.norm.bias  layer1.0.downsample.0.weight res2.0.shortcut.weight
+layer1.0.downsample.1.running_var res2.0.shortcut.norm.running_var  layer2.3.conv3.weight res3.3.conv3.weight
+layer2.3.bn3.running_var res3.3.conv3.norm.running_var  layer3.5.bn1.running_mean res4.5.conv1.norm.running_mean
+layer4.2.conv1.weight res5.2.conv1.weight  layer4.0.downsample.1.weight res5.0.shortcut.norm.weight
+""".split()
 
 
 def test_detectron2_pickle(tmp_path):
@@ -97,7 +78,7 @@ def test_detectron2_pickle(tmp_path):
         content = pickle.load(file, encoding="latin1")
     assert content["matching_heuristics"] is True and isinstance(content["__author__"], str)
     own, model = network.state_dict(), content["model"]
-    for ours, theirs in DETECTRON2.items():
+    for ours, theirs in zip(DETECTRON2[::2], DETECTRON2[1::2], strict=True):
         assert isinstance(model[theirs], np.ndarray) and np.array_equal(model[theirs], own[ours].numpy()), theirs
     assert len(model) == 53 * 5  # convolutions, each with a batch norm of four; counters are left out
     stages = {name.split(".")[0] for name in model}
@@ -194,19 +175,19 @@ def test_mistakes_end_with_one_line(tmp_path, capsys):
     file = tmp_path / "own.pth"
     torch.save(vit("vit_tiny", 32, patch_size=8, depth=1).state_dict(), file)
     for target, name in (("detectron2", "a.pkl"), ("mmdet", "a.pth")):
-        assert f"--to {target}" in refused(capsys, file, target, tmp_path / name)
-    assert "detectron2 reads .pkl" in refused(capsys, file, "detectron2", tmp_path / "a.pth")
-    assert "detectron2 reads .pkl" in refused(capsys, file, "timm", tmp_path / "a.pkl")
-    assert "choose another name" in refused(capsys, file, "timm", file)
-    assert "no such file" in refused(capsys, "random", "timm", tmp_path / "a.pth")
-    assert "--arch resnet18" in refused(capsys, file, "timm", tmp_path / "a.pth", "--arch", "resnet18")
-    assert "cannot be written" in refused(capsys, file, "timm", file / "a.pth")
-    assert "--to" in refused(capsys, file, "onnx", tmp_path / "a.pth")
+        assert f"--to {target}" in refused(capsys, run, file, target, tmp_path / name)
+    assert "detectron2 reads .pkl" in refused(capsys, run, file, "detectron2", tmp_path / "a.pth")
+    assert "detectron2 reads .pkl" in refused(capsys, run, file, "timm", tmp_path / "a.pkl")
+    assert "choose another name" in refused(capsys, run, file, "timm", file)
+    assert "no such file" in refused(capsys, run, "random", "timm", tmp_path / "a.pth")
+    assert "--arch resnet18" in refused(capsys, run, file, "timm", tmp_path / "a.pth", "--arch", "resnet18")
+    assert "cannot be written" in refused(capsys, run, file, "timm", file / "a.pth")
+    assert "--to" in refused(capsys, run, file, "onnx", tmp_path / "a.pth")
     torch.save(ViT(192, 1, 3, 8, 32, pool="mean").state_dict(), file)
-    assert "mean pooling" in refused(capsys, file, "torchvision", tmp_path / "a.pth")
+    assert "mean pooling" in refused(capsys, run, file, "torchvision", tmp_path / "a.pth")
     edges = resnet("resnet18", 0.125, 32, input_filter=torch.rand(2, 3, 3, 3))
     torch.save({"backbone": edges.state_dict(), "meta": {"arch": "resnet18", "width": 0.125}}, file)
-    assert "filtered images" in refused(capsys, file, "torchvision", tmp_path / "a.pth")
+    assert "filtered images" in refused(capsys, run, file, "torchvision", tmp_path / "a.pth")
     torch.save({"model": edges.state_dict(), "args": argparse.ArgumentParser}, file)
-    assert "--trust-pickle" in refused(capsys, file, "torchvision", tmp_path / "a.pth")
+    assert "--trust-pickle" in refused(capsys, run, file, "torchvision", tmp_path / "a.pth")
     assert [p.name for p in tmp_path.iterdir()] == ["own.pth"], "nothing was written"

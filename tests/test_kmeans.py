@@ -10,40 +10,23 @@ import torch.nn.functional as F
 
 from common import kmeans as module
 from common.kmeans import kmeans, pca_whiten
+from tests.helpers import refused, rows
 
 
-def blobs(n, d, centres, dtype=torch.float64, seed=0, spread=0.5):
-    g = torch.Generator().manual_seed(seed)
-    middle = 2 * torch.randn(centres, d, generator=g, dtype=torch.float64)
-    points = middle[torch.arange(n) % centres] + spread * torch.randn(n, d, generator=g, dtype=torch.float64)
-    return points.to(dtype)
+def blobs(n, d, centres, dtype=torch.float64, spread=0.5):
+    return (2 * rows(centres, d)[torch.arange(n) % centres] + spread * rows(n, d)).to(dtype)
 
 
-def slow_kmeans(x, centroids, iterations, spherical=False):
-    """Lloyd as in a textbook, one row and one cluster at a time; no cluster may become empty."""
+def slow_kmeans(x, centroids, iterations):
+    """Spherical k-means as in a textbook, one row and one cluster at a time; no cluster may become empty."""
     x, c = x.numpy(), centroids.numpy().copy()
-
-    def nearest():
-        score = (lambda row: c @ row) if spherical else (lambda row: -((c - row) ** 2).sum(1))
-        return np.array([np.argmax(score(row)) for row in x])
-
     for _ in range(iterations):
-        labels = nearest()
+        labels = [np.argmax(c @ row) for row in x]
         for j in range(len(c)):
             c[j] = np.mean([row for row, label in zip(x, labels, strict=True) if label == j], axis=0)
-            if spherical:
-                c[j] /= np.sqrt((c[j] ** 2).sum())
-    labels = nearest()
+            c[j] /= np.sqrt((c[j] ** 2).sum())
+    labels = [np.argmax(c @ row) for row in x]
     return c, labels, sum(((row - c[j]) ** 2).sum() for row, j in zip(x, labels, strict=True))
-
-
-def refuses(capsys, function, *args):
-    """The one line on stderr with which `function` exits 2."""
-    with pytest.raises(SystemExit) as stop:
-        function(*args)
-    lines = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and len(lines) == 1
-    return lines[0]
 
 
 @pytest.mark.parametrize("iterations", [1, 7])
@@ -54,23 +37,18 @@ def test_equals_sklearn_from_the_same_start(iterations):
     start = x[:17]
     ours = kmeans(x, 17, iterations, centroids=start)
     # scikit-learn repeats the assignment after the last update (with tol=0 and no convergence), as ours does.
-    ref = KMeans(17, init=start.numpy(), n_init=1, max_iter=iterations, tol=0, algorithm="lloyd")
-    ref.fit(x.numpy())
+    ref = KMeans(17, init=start.numpy(), n_init=1, max_iter=iterations, tol=0, algorithm="lloyd").fit(x.numpy())
     np.testing.assert_allclose(ours.centroids, ref.cluster_centers_, rtol=1e-9, atol=1e-12)
-    assert ours.assignments.dtype == torch.int64
-    assert ours.assignments.tolist() == ref.labels_.tolist()
+    assert ours.assignments.dtype == torch.int64 and ours.assignments.tolist() == ref.labels_.tolist()
     assert ours.inertia == pytest.approx(ref.inertia_, rel=1e-9)
 
 
-@pytest.mark.parametrize("spherical", [False, True])
-def test_equals_slow_loop(spherical):
-    x = blobs(150, 5, 6, spread=1.0)
-    if spherical:
-        x = F.normalize(x, dim=1)
-    ours = kmeans(x, 6, 4, spherical=spherical, centroids=x[:6])
-    centroids, labels, inertia = slow_kmeans(x, x[:6], 4, spherical)
+def test_spherical_equals_slow_loop():
+    x = F.normalize(blobs(150, 5, 6, spread=1.0), dim=1)
+    ours = kmeans(x, 6, 4, spherical=True, centroids=x[:6])
+    centroids, labels, inertia = slow_kmeans(x, x[:6], 4)
     np.testing.assert_allclose(ours.centroids, centroids, rtol=1e-10, atol=1e-12)
-    assert ours.assignments.tolist() == labels.tolist()
+    assert ours.assignments.tolist() == labels
     assert ours.inertia == pytest.approx(inertia, rel=1e-10)
 
 
@@ -83,10 +61,9 @@ def test_zero_iterations_only_assign():
 
 def test_start_is_k_distinct_rows():
     x = torch.randperm(50).double()[:, None]
-    start = kmeans(x, 50, 0, seed=3).centroids.flatten()
-    assert sorted(start.tolist()) == list(range(50))  # with k = N each row once
-    rows = kmeans(x, 20, 0, seed=3).centroids.flatten().tolist()
-    assert len(set(rows)) == 20 and set(rows) <= set(range(50))
+    for k in (50, 20):
+        start = kmeans(x, k, 0, seed=3).centroids.flatten().tolist()
+        assert len(set(start)) == k and set(start) <= set(range(50))
 
 
 def test_seed_decides_everything():
@@ -141,9 +118,7 @@ def test_autocast_changes_nothing():
     assert torch.equal(white.features, pca_whiten(x, 5).features)
 
 
-# ---- empty clusters ----
-
-
+# ---------------------------------------------------------------------------------------------- empty clusters
 def test_empty_cluster_takes_half_of_a_donor():
     x = torch.tensor([[1.0, 2.0, 3.0], [3.0, 6.0, 5.0], [2.0, 1.0, 1.0], [500.0, 500.0, 500.0]])
     # Cluster 0 gets three rows, 1 a single row, 2 none: only cluster 0 can give.
@@ -178,8 +153,7 @@ def test_donors_are_drawn_in_proportion_to_size_minus_one_and_halve():
 @pytest.mark.parametrize("spherical", [False, True])
 def test_no_cluster_stays_empty_when_there_are_points_enough(spherical):
     x = blobs(2000, 8, 4, torch.float32)
-    if spherical:
-        x = F.normalize(x, dim=1)
+    x = F.normalize(x, dim=1) if spherical else x
     start = -100 * x[:1].repeat(20, 1)  # all rows prefer one and the same centroid at first
     start[0] = x[0]
     assert len(kmeans(x, 20, 0, centroids=start, spherical=spherical).assignments.unique()) < 20
@@ -193,8 +167,7 @@ def test_duplicates_only(value):
     ours = kmeans(x, 10, 5)
     assert ours.centroids.isfinite().all() and ours.inertia < 1e-3
     assert ours.assignments.min() >= 0 and ours.assignments.max() < 10
-    spherical = kmeans(x, 10, 5, spherical=True)
-    assert spherical.centroids.isfinite().all()
+    assert kmeans(x, 10, 5, spherical=True).centroids.isfinite().all()
     few = torch.eye(3)[torch.arange(30) % 3]  # three distinct rows for ten clusters
     assert kmeans(few, 10, 5).centroids.isfinite().all()
 
@@ -210,9 +183,7 @@ def test_spherical_centroids_are_unit():
     assert ours.inertia == pytest.approx((2 - 2 * cosines).sum().item(), rel=1e-4)
 
 
-# ---- chunks and processes ----
-
-
+# ---------------------------------------------------------------------------------------- chunks and processes
 def test_chunk_size_changes_nothing(monkeypatch):
     x = blobs(997, 6, 9, spread=1.5)
     whole, white = kmeans(x, 20, 6), pca_whiten(x, 4)
@@ -222,11 +193,8 @@ def test_chunk_size_changes_nothing(monkeypatch):
     monkeypatch.setattr(module, "_chunks", lambda *args: seen.append(original(*args)) or seen[-1])
     parts, white_parts = kmeans(x, 20, 6), pca_whiten(x, 4)
     assert {rows.stop - rows.start for rows in seen[1]} == {7, 3}  # 997 = 142 x 7 + 3
-    torch.testing.assert_close(parts.centroids, whole.centroids, rtol=1e-11, atol=1e-11)
-    assert torch.equal(parts.assignments, whole.assignments)
-    assert parts.inertia == pytest.approx(whole.inertia, rel=1e-12)
-    for a, b in zip(white, white_parts, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(tuple(parts), tuple(whole), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(tuple(white_parts), tuple(white), rtol=1e-9, atol=1e-9)
     monkeypatch.setattr(module, "CHUNK_BYTES", {"cpu": 1})  # less than one row: one row at a time
     assert torch.equal(kmeans(x, 20, 6).assignments, whole.assignments)
 
@@ -257,14 +225,11 @@ def _one_of_two(rank, folder, sizes):
         torch.linalg.eigh = lambda matrix: (eigh(matrix)[0], eigh(matrix)[1].flip(0))
     results = {name: tuple(job(x)) for name, job in JOBS.items()}
     results["empty process"] = tuple(kmeans(x if rank == 0 else x[:0], 12, 3))
-    try:
-        kmeans(x, sum(sizes) + 1)
-    except SystemExit as stop:
-        results["too many"] = stop.code
-    try:  # only one process sees the bad value, both must stop
-        kmeans(x.log() if rank == 1 else x, 3)
-    except SystemExit as stop:
-        results["not finite"] = stop.code
+    for name, bad, k in (("too many", x, 202), ("not finite", x.log() if rank == 1 else x, 3)):
+        try:  # only one process sees the value that is not finite, both must stop
+            kmeans(bad, k)
+        except SystemExit as stop:
+            results[name] = stop.code
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -275,10 +240,9 @@ def test_two_processes_equal_one(tmp_path):
     ranks = [torch.load(tmp_path / f"{r}.pt") for r in range(2)]
     x = blobs(sum(sizes), 7, 6, spread=1.5)
     for name, job in JOBS.items():
-        sharded = {"assignments", "features"}
         for i, (field, expected) in enumerate(job(x)._asdict().items()):
             first, second = (r[name][i] for r in ranks)
-            if field in sharded:
+            if field in ("assignments", "features"):
                 first = torch.cat([first, second])
             else:
                 torch.testing.assert_close(first, second, rtol=0, atol=0)  # the processes agree bit for bit
@@ -289,15 +253,12 @@ def test_two_processes_equal_one(tmp_path):
     assert all(r["too many"] == 2 and r["not finite"] == 2 for r in ranks)
 
 
-# ---- PCA ----
-
-
+# --------------------------------------------------------------------------------------------------------- PCA
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-3)])
 def test_whitening_equals_sklearn_up_to_sign(dtype, tolerance):
     from sklearn.decomposition import PCA
 
-    mixing = torch.randn(10, 10, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    x = (blobs(900, 10, 30) @ mixing + 5).to(dtype)
+    x = (blobs(900, 10, 30) @ rows(10, 10) + 5).to(dtype)
     ours = pca_whiten(x, 6)
     assert [tuple(t.shape) for t in ours] == [(900, 6), (10,), (10, 6)] and ours.features.dtype == dtype
     ref = PCA(6, whiten=True, svd_solver="full").fit(x.double().numpy())
@@ -315,7 +276,7 @@ def test_whitening_equals_sklearn_up_to_sign(dtype, tolerance):
 def test_whitening_gives_unit_variance_to_faint_axes():
     # Standard deviations from 1 to 1e-4 on a mean of 1, as deep features have: variances span eight decades.
     scale = torch.logspace(0, -4, 5)
-    x = torch.randn(4000, 5, generator=torch.Generator().manual_seed(2)) * scale + 1
+    x = rows(4000, 5).float() * scale + 1
     white = pca_whiten(x, 5).features
     torch.testing.assert_close(torch.cov(white.t()), torch.eye(5), rtol=0, atol=2e-3)
 
@@ -323,25 +284,22 @@ def test_whitening_gives_unit_variance_to_faint_axes():
 def test_whitening_without_variance_gives_zeros():
     few = blobs(4, 6, 4)  # 4 rows span 3 axes
     white = pca_whiten(few, 5).features
-    assert (white[:, :3].var(0) - 1).abs().max() < 1e-9
-    assert (white[:, 3:] == 0).all()
+    assert (white[:, :3].var(0) - 1).abs().max() < 1e-9 and (white[:, 3:] == 0).all()
     assert (pca_whiten(torch.ones(5, 3), 2).features == 0).all()
 
 
-# ---- mistakes ----
-
-
+# ---------------------------------------------------------------------------------------------------- mistakes
 def test_mistakes_exit_2_and_name_the_remedy(capsys):
     x = blobs(20, 3, 2)
-    line = refuses(capsys, kmeans, x, 21)
-    assert line.startswith("error: ") and "--clusters" in line and "20" in line and "21" in line
-    assert "--clusters" in refuses(capsys, kmeans, x, 0)
+    line = refused(capsys, kmeans, x, 21)
+    assert "--clusters" in line and "20" in line and "21" in line
+    assert "--clusters" in refused(capsys, kmeans, x, 0)
     for dim in (0, 4):
-        assert "from 1 to 3" in refuses(capsys, pca_whiten, x, dim)
+        assert "from 1 to 3" in refused(capsys, pca_whiten, x, dim)
     for bad in (math.nan, math.inf):
         broken = x.clone()
         broken[7, 1] = bad
-        assert "NaN" in refuses(capsys, kmeans, broken, 2)
-        assert "NaN" in refuses(capsys, pca_whiten, broken, 2)
+        assert "NaN" in refused(capsys, kmeans, broken, 2)
+        assert "NaN" in refused(capsys, pca_whiten, broken, 2)
     with pytest.raises(ValueError, match=r"\(3, 3\).*\(4, 3\)"):
         kmeans(x, 4, centroids=x[:3])

@@ -7,21 +7,20 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-import eval_knn
-from common import data
 from common.augment import EvalView
-from common.data import Fake, labelled
-from common.knn import Features, extract, knn, nearest
+from common.datasets import Fake, open_labelled
+from common.features import Features, extract
+from common.knn import knn, nearest
+from common.loader import eval_batches
 from common.resnet import resnet
 from common.vit import vit
-from tests.helpers import command
+from tests.helpers import SMALL, launch, main, refused, rows
 
 
 # ---------------------------------------------------------------------------------------------------- features
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
 def test_stages_are_averaged(arch):
-    backbone = resnet(arch, 0.125, 32).eval()
-    x = torch.randn(3, 3, 32, 32)
+    backbone, x = resnet(arch, 0.125, 32).eval(), rows(3, 3, 32, 32).float()
     names = ["feat4", "feat1", "feat5", "feat2", "feat3"]
     model = Features(backbone, names).eval()
     with torch.no_grad():
@@ -39,8 +38,7 @@ def test_stages_are_averaged(arch):
 
 @pytest.mark.parametrize("pool", ["cls", "mean"])
 def test_class_token_and_mean_of_patches(pool):
-    backbone = vit("vit_tiny", 16, 0.25, heads=3, depth=2, pool=pool).eval()
-    x = torch.randn(2, 3, 16, 16)
+    backbone, x = vit("vit_tiny", 16, 0.25, heads=3, depth=2, pool=pool).eval(), rows(2, 3, 16, 16).float()
     model = Features(backbone, ["mean", "cls"])
     with torch.no_grad():
         mean, cls = (f.numpy() for f in model(x).split(model.dims, 1))
@@ -57,23 +55,21 @@ def test_class_token_and_mean_of_patches(pool):
 
 @pytest.mark.parametrize("backbone, name, known", [("resnet", "cls", "feat1, feat2"), ("vit", "feat3", "cls, mean")])
 def test_unknown_features_are_refused(backbone, name, known, capsys):
-    model = resnet("resnet18", 0.125, 16) if backbone == "resnet" else vit("vit_tiny", 16, 0.25, heads=3, depth=1)
-    with pytest.raises(SystemExit) as stop:
-        Features(model, [name])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and f"--features {name}" in error and known in error
+    model = resnet(*SMALL) if backbone == "resnet" else vit("vit_tiny", 16, 0.25, heads=3, depth=1)
+    error = refused(capsys, Features, model, [name])
+    assert f"--features {name}" in error and known in error
 
 
 def test_features_do_not_depend_on_the_number_of_processes(monkeypatch):
     """To the last bit: batches hold the same samples, and follow each other in rank order."""
-    backbone, images = resnet("resnet18", 0.125, 16), Fake(45, 0, 16)
+    backbone, images = resnet(*SMALL), Fake(45, 0, 16)
     one, labels = extract(backbone, images, EvalView(16), "cpu", 0, 8)
     assert labels.tolist() == [i % 10 for i in range(45)] and one.shape == (45, 64)
     for processes in (2, 3, 9):  # the last has more processes than batches
-        monkeypatch.setattr(data, "world_size", lambda processes=processes: processes)
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
         parts = []
         for rank in range(processes):
-            monkeypatch.setattr(data, "rank", lambda rank=rank: rank)
+            monkeypatch.setenv("RANK", str(rank))
             parts.append(extract(backbone, images, EvalView(16), "cpu", 0, 8, everywhere=False))
         assert torch.equal(torch.cat([f for f, _ in parts]), one)
         assert torch.equal(torch.cat([y for _, y in parts]), labels)
@@ -152,19 +148,20 @@ def test_temperatures_that_overflow_single_precision():
 
 
 # -------------------------------------------------------------------------------------------------- the script
+WORDS = ["--pretrained", "random", "--arch", "resnet18", "--width", 0.125, "--image-size", 16, "--device", "cpu"]
+
+
 def test_script_reports_every_feature(tmp_path, capsys):
-    words = "--pretrained random --arch resnet18 --width 0.125 --data fake:120 --image-size 16 --k 5 20 --workers 0"
-    words = [*words.split(), "--batch-size", "50", "--precision", "fp32", "--out", str(tmp_path)]
-    several = eval_knn.main(eval_knn.parse_args([*words, "--features", "feat2", "feat5"]))
+    words = [*WORDS, "--data", "fake:120", "--k", 5, 20, "--workers", 0, "--batch-size", 50, "--out", tmp_path]
+    several = main("eval_knn", *words, "--features", "feat2", "feat5")
     assert "feat2       k 20" in capsys.readouterr().out
     assert list(several["knn"]) == ["feat2", "feat5"]
-    assert several["knn"]["feat5"] == eval_knn.main(eval_knn.parse_args(words))["knn"]
+    assert several["knn"]["feat5"] == main("eval_knn", *words)["knn"]
 
     torch.manual_seed(0)
-    backbone, sets = resnet("resnet18", 0.125, 16).eval(), labelled("fake:120")
-    view, features = EvalView(16), []
+    backbone, sets, features = resnet(*SMALL).eval(), open_labelled("fake:120"), []
     for part in sets:
-        x = torch.cat([b[0] for b in data.eval_batches(part, view, 50, "cpu", 0)])
+        x = torch.cat([b[0] for b in eval_batches(part, EvalView(16), 50, "cpu", 0)])
         features.append(backbone.stages(x)[1].mean((2, 3)).detach().numpy())
     for k in (5, 20):
         peer = KNeighborsClassifier(k, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07))
@@ -175,9 +172,8 @@ def test_script_reports_every_feature(tmp_path, capsys):
 
 def test_two_processes_report_what_one_reports(tmp_path):
     """The whole script, on shares of 160 training and 32 test images that do not divide evenly into batches of 24."""
-    words = "--pretrained random --arch resnet18 --width 0.125 --image-size 16 --data fake:160 --k 1 5 --batch-size 24"
-    words = [*words.split(), "--features", "feat1", "feat5", "--device", "cpu"]
-    one = eval_knn.main(eval_knn.parse_args([*words, "--out", str(tmp_path / "one")]))
-    command("eval_knn.py", *words, "--out", tmp_path / "two", processes=2, check=0)
+    words = [*WORDS, "--data", "fake:160", "--k", 1, 5, "--batch-size", 24, "--features", "feat1", "feat5"]
+    one = main("eval_knn", *words, "--out", tmp_path / "one")
+    launch(["eval_knn", [*words, "--out", tmp_path / "two"]])
     two = json.loads((tmp_path / "two" / "eval_knn.json").read_text())
     assert two["knn"] == one["knn"] and two["pixels"] == one["pixels"] and two["test"] == 32

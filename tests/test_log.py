@@ -1,21 +1,19 @@
 """What a run says by itself: each warning is provoked, comes once, and names the cure."""
 
-import argparse
 import errno
-import json
 import types
 
 import pytest
 import torch
 
-from common import log
+from common import args, log
 from common.log import Logger
-from tests.helpers import train
+from tests.helpers import logged, parsed, records, train
 
 
-def logger(tmp_path, total=10_000, **more):
-    args = argparse.Namespace(out=str(tmp_path), log_every=1, max_steps=0, batch_size=4, workers=2)
-    return Logger(args, types.SimpleNamespace(waited=0.0, steps=10), total, 0, **more)
+def logger(out, **more):
+    words = f"--out {out} --log-every 1 --batch-size 4 --workers 2".split()
+    return Logger(parsed("simsiam", *words), types.SimpleNamespace(waited=0.0, epoch_steps=10), 10_000, 0, **more)
 
 
 def warnings(capsys):
@@ -33,7 +31,6 @@ def test_collapse_is_warned_of_once(tmp_path, capsys):
 def test_loss_of_chance_is_warned_of_after_five_epochs(tmp_path, capsys):
     run = logger(tmp_path, chance=4.0)
     run.log(10, 1.0, 4.0, 0.1)
-    assert warnings(capsys) == []
     run.log(50, 5.0, 3.9, 0.1)  # 97.5 % of chance: it learns
     assert warnings(capsys) == []
     run.log(60, 6.0, 3.99, 0.1)
@@ -75,8 +72,19 @@ def test_log_that_cannot_be_written_does_not_stop_the_run(tmp_path, capsys, monk
     (warning,) = warnings(capsys)
     assert "log.jsonl" in warning and "No space left" in warning
     run.log(3, 0.3, 1.0, 0.1)
-    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in lines if "loss" in r] == [3]
+    assert list(records(tmp_path)) == [3]
+
+
+def test_continued_log_keeps_what_came_before_and_no_half_line(tmp_path):
+    run = logger(tmp_path)
+    for step in (1, 2, 3):
+        run.log(step, 0.1, 1.0, 0.1)
+    run.close()
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')
+    Logger(run.args, run.loader, 10_000, 2).log(3, 0.1, 7.0, 0.1)
+    assert {step: r["loss"] for step, r in records(tmp_path).items()} == {1: 1.0, 2: 1.0, 3: 7.0}
+    assert [r["resumed_at"] for r in logged(tmp_path) if "command" in r] == [0, 2]
 
 
 @pytest.mark.parametrize(
@@ -89,13 +97,13 @@ def test_log_that_cannot_be_written_does_not_stop_the_run(tmp_path, capsys, monk
     ],
 )
 def test_errors_that_a_user_can_mend_become_one_line(error, text, capsys):
-    log._explain(type(error), error, None)
+    args._explain(type(error), error, None)
     message = capsys.readouterr().err
     assert text in message and message.count("\n") == 1
 
 
 def test_other_errors_keep_their_traceback(capsys):
-    log._explain(ValueError, ValueError("a bug"), None)
+    args._explain(ValueError, ValueError("a bug"), None)
     assert "ValueError: a bug" in capsys.readouterr().err
 
 

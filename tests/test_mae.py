@@ -1,7 +1,6 @@
 """MAE's masks, patches, loss, network sizes, pictures and the way it draws randomness."""
 
 import argparse
-import importlib
 import types
 
 import numpy as np
@@ -11,27 +10,30 @@ from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-import mae
-from common.augment import uniforms
+from common.rng import uniforms
 from common.vit import vit
-from mae import MAE, augmentation, mae_loss, parse_args, patchify, random_masking, reconstruct, unpatchify
-from tests.helpers import flags, records, train
+from mae import MAE, augmentation, mae_loss, patchify, random_masking, reconstruct, unpatchify
+from tests.helpers import flags, main, parsed, records, refused, rows, state, train, write_images
 
-
-def rows(*shape):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
+DECODER = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
 
 
 def noise(images, patches):
     return torch.from_numpy(uniforms(7, 0, range(images), 100, patches))
 
 
-def tiny(image_size=16, patch_size=4, dim=24, depth=2, **decoder):
+def masked(images, patches, ratio=0.75):
+    return random_masking(noise(images, patches), ratio)[2]
+
+
+def shaped(mask, patch_size, grid):
+    """A mask (B, L) as one of pixels (B, 3, H, W)."""
+    return unpatchify(mask[:, :, None].expand(-1, -1, 3 * patch_size**2), grid) > 0
+
+
+def tiny(dim=24, **decoder):
     torch.manual_seed(0)
-    return MAE(vit("vit_tiny", image_size, dim / 192, patch_size, depth, 3), **{**DECODER, **decoder}).double()
-
-
-DECODER = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
+    return MAE(vit("vit_tiny", 16, dim / 192, 4, 2, 3), **{**DECODER, **decoder}).double()
 
 
 # ------------------------------------------------------------------------------------------- patches and masks
@@ -61,9 +63,8 @@ def test_mask_removes_the_largest_numbers_and_restore_puts_everything_back(patch
 
 
 def test_masks_are_uniform_and_differ_between_images():
-    _, _, mask = random_masking(noise(4000, 16), 0.75)
-    frequency = mask.mean(0)
-    assert (frequency - 0.75).abs().max() < 5 * (0.75 * 0.25 / 4000) ** 0.5
+    mask = masked(4000, 16)
+    assert (mask.mean(0) - 0.75).abs().max() < 5 * (0.75 * 0.25 / 4000) ** 0.5
     assert len({tuple(m) for m in mask.tolist()}) > 1200  # of 16 choose 4 = 1820 possible masks
 
 
@@ -71,57 +72,45 @@ def test_masks_are_uniform_and_differ_between_images():
 def slow_loss(images, prediction, mask, p, norm_pix):
     """Patch by patch, in NumPy."""
     images, prediction, mask = images.numpy(), prediction.numpy(), mask.numpy()
-    total, count = 0.0, 0
-    columns = images.shape[3] // p
-    for b, i in np.ndindex(*mask.shape):
-        if mask[b, i]:
-            top, left = i // columns * p, i % columns * p
-            target = [images[b, c, top + y, left + x] for y in range(p) for x in range(p) for c in range(3)]
-            if norm_pix:
-                centre = sum(target) / len(target)
-                variance = sum((t - centre) ** 2 for t in target) / (len(target) - 1)
-                target = [(t - centre) / np.sqrt(variance + 1e-6) for t in target]
-            total += sum((a - t) ** 2 for a, t in zip(prediction[b, i], target, strict=True)) / len(target)
-            count += 1
-    return total / count
+    terms, columns = [], images.shape[3] // p
+    for b, i in np.argwhere(mask):
+        top, left = i // columns * p, i % columns * p
+        target = [images[b, c, top + y, left + x] for y in range(p) for x in range(p) for c in range(3)]
+        if norm_pix:
+            centre = sum(target) / len(target)
+            variance = sum((t - centre) ** 2 for t in target) / (len(target) - 1)
+            target = [(t - centre) / np.sqrt(variance + 1e-6) for t in target]
+        terms.append(sum((a - t) ** 2 for a, t in zip(prediction[b, i], target, strict=True)) / len(target))
+    return sum(terms) / len(terms)
 
 
 @pytest.mark.parametrize("norm_pix", [True, False])
 def test_loss_equals_loops(norm_pix):
-    images, prediction = 3 * rows(3, 3, 8, 12) + 1, rows(3, 6, 48)
-    _, _, mask = random_masking(noise(3, 6), 0.5)
+    images, prediction, mask = 3 * rows(3, 3, 8, 12) + 1, rows(3, 6, 48), masked(3, 6, 0.5)
     expected = slow_loss(images, prediction, mask, 4, norm_pix)
     assert mae_loss(images, prediction, mask, 4, norm_pix).item() == pytest.approx(expected, abs=1e-10)
 
 
-def test_loss_sees_the_removed_patches_only():
-    images, prediction = rows(2, 3, 8, 8), rows(2, 16, 12).requires_grad_()
-    _, _, mask = random_masking(noise(2, 16), 0.75)
-    mae_loss(images, prediction, mask, 2).backward()
+def test_loss_sees_the_removed_patches_only_and_halves_average_to_the_whole():
+    """So that processes and micro-batches can share a batch."""
+    images, prediction, mask = rows(4, 3, 8, 8), rows(4, 16, 12).requires_grad_(), masked(4, 16)
+    whole = mae_loss(images, prediction, mask, 2)
+    whole.backward()
     assert torch.equal(prediction.grad.abs().sum(2) > 0, mask > 0)
     assert torch.autograd.gradcheck(lambda p: mae_loss(images, p, mask, 2), prediction)
-
-
-def test_loss_of_halves_averages_to_the_whole():
-    """So that processes and micro-batches can share a batch."""
-    images, prediction = rows(4, 3, 8, 8), rows(4, 16, 12)
-    _, _, mask = random_masking(noise(4, 16), 0.75)
     halves = [mae_loss(images[s], prediction[s], mask[s], 2) for s in (slice(0, 2), slice(2, 4))]
-    assert sum(halves).item() / 2 == pytest.approx(mae_loss(images, prediction, mask, 2).item(), abs=1e-12)
+    assert sum(halves).item() / 2 == pytest.approx(whole.item(), abs=1e-12)
 
 
 def test_predicting_the_mean_gives_the_loss_of_chance():
-    _, _, mask = random_masking(noise(4, 16), 0.75)
-    loss = mae_loss(10 * rows(4, 3, 16, 16), torch.zeros(4, 16, 48, dtype=torch.float64), mask, 4)
+    loss = mae_loss(10 * rows(4, 3, 16, 16), torch.zeros(4, 16, 48, dtype=torch.float64), masked(4, 16), 4)
     assert loss.item() == pytest.approx(47 / 48, abs=1e-6)
 
 
 def test_flat_images_are_harmless():
     """The variance of a patch may be 0: with target 0 the loss is the mean square of the prediction."""
-    images = torch.full((2, 3, 8, 8), 0.3)
     prediction = rows(2, 16, 12).float().requires_grad_()
-    mask = torch.ones(2, 16)
-    loss = mae_loss(images, prediction, mask, 2)
+    loss = mae_loss(torch.full((2, 3, 8, 8), 0.3), prediction, torch.ones(2, 16), 2)
     loss.backward()
     assert loss.item() == pytest.approx(prediction.square().mean().item(), rel=1e-3)
     assert prediction.grad.isfinite().all()
@@ -172,9 +161,9 @@ def test_only_visible_tokens_pass_the_encoder():
 def test_removed_pixels_change_nothing():
     model, x, u = tiny(), rows(2, 3, 16, 16), noise(2, 16)
     prediction, mask = model(x, u)
-    hidden = unpatchify(mask[:, :, None].expand(-1, -1, 48), (4, 4))
+    hidden = shaped(mask, 4, (4, 4))
     assert torch.equal(model(x + 5 * hidden, u)[0], prediction)
-    assert not torch.allclose(model(x + 5 * (1 - hidden), u)[0], prediction)
+    assert not torch.allclose(model(x + 5 * ~hidden, u)[0], prediction)
 
 
 def test_decoder_puts_every_token_in_its_place():
@@ -230,22 +219,23 @@ def test_it_learns_to_continue_a_ramp():
 
 # ------------------------------------------------------------------------------------------------------ recipe
 def test_recipe_is_the_papers():
-    args = parse_args(["--data", "/images"])
+    args = parsed("mae", "--data", "/images")
     assert (args.arch, args.image_size, args.batch_size) == ("vit_base", 224, 4096)
     assert (args.epochs, args.warmup_epochs) == (800, 40)
     assert (args.lr * args.batch_size / 256, args.weight_decay, args.mask_ratio) == (pytest.approx(2.4e-3), 0.05, 0.75)
     assert (args.decoder_dim, args.decoder_depth, args.decoder_heads, args.norm_pix) == (512, 8, 16, True)
+    assert "norm_pix" in args.held and not {"grad_checkpointing", "pictures_every"} & {*args.held}
     (view,) = augmentation(224)
-    assert (view.crop, view.ratio, view.interpolation, view.flip) == ((0.2, 1.0), (3 / 4, 4 / 3), "bicubic", 0.5)
+    assert (view.area, view.ratio, view.interpolation, view.flip) == ((0.2, 1.0), (3 / 4, 4 / 3), "bicubic", 0.5)
     assert (view.jitter_p, view.gray_p, view.blur_p, view.solarize_p) == (0, 0, 0, 0)
 
 
 def test_optimizer(tmp_path):
-    state = train("mae", tmp_path, "--max-steps", 7)
-    decayed, plain = state["optimizer"]["param_groups"]
+    saved = train("mae", tmp_path, "--max-steps", 7)["optimizer"]
+    decayed, plain = saved["param_groups"]
     assert decayed["betas"] == plain["betas"] == (0.9, 0.95)
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
-    shapes = {i: tuple(moments["exp_avg"].shape) for i, moments in state["optimizer"]["state"].items()}
+    shapes = {i: tuple(moments["exp_avg"].shape) for i, moments in saved["state"].items()}
     assert all(len(shapes[i]) > 1 for i in decayed["params"]) and all(len(shapes[i]) == 1 for i in plain["params"])
     # class and mask token are decayed, as in the official code; the tables of positions are not trained
     assert sorted(shape for shape in shapes.values() if len(shape) == 3) == [(1, 1, 16), (1, 1, 48)]
@@ -283,41 +273,29 @@ def test_a_mask_belongs_to_its_image(monkeypatch, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------- pictures
-def test_pictures_of_a_perfect_prediction_are_the_image():
+@pytest.mark.parametrize("norm_pix", [True, False])
+def test_pictures_of_a_perfect_prediction_are_the_image(norm_pix):
     """norm_pix: scaling a patch and taking that back loses nothing."""
-    x, u = 2 * rows(2, 3, 8, 8) - 1, noise(2, 16)
-    patches = patchify(x, 2)
-    scaled = (patches - patches.mean(2, keepdim=True)) / (patches.var(2, keepdim=True) + 1e-6) ** 0.5
-    for norm_pix, prediction in ((True, scaled), (False, patches)):
+    x, u, hidden = 2 * rows(2, 3, 8, 8) - 1, noise(2, 16), shaped(masked(2, 16), 2, (4, 4))
+    perfect = patchify(x, 2)
+    if norm_pix:
+        perfect = (perfect - perfect.mean(2, keepdim=True)) / (perfect.var(2, keepdim=True) + 1e-6) ** 0.5
 
-        def model(x, u, ratio, prediction=prediction):
-            return prediction, random_masking(u, ratio)[2]
+    def model(x, u, ratio):
+        return perfect, random_masking(u, ratio)[2]
 
-        model.backbone = types.SimpleNamespace(patch_size=2, grid=(4, 4))
-        original, visible, reconstruction, both = reconstruct(model, x, u, 0.75, norm_pix)
-        for panel in (original, reconstruction, both):
-            torch.testing.assert_close(panel, x, atol=1e-12, rtol=0)
-        hidden = unpatchify(random_masking(u, 0.75)[2][:, :, None].expand(-1, -1, 12), (4, 4)) > 0
-        assert torch.equal(visible, torch.where(hidden, 0, x))
-        assert hidden.sum() == 2 * 12 * 12
+    model.backbone = types.SimpleNamespace(patch_size=2, grid=(4, 4))
+    original, visible, reconstruction, both = reconstruct(model, x, u, 0.75, norm_pix)
+    for panel in (original, reconstruction, both):
+        torch.testing.assert_close(panel, x, atol=1e-12, rtol=0)
+    assert torch.equal(visible, torch.where(hidden, 0, x)) and hidden.sum() == 2 * 12 * 12
 
 
 def test_visible_patches_are_shown_as_they_are():
-    x, u = rows(2, 3, 16, 16), noise(2, 16)
-    _, _, reconstruction, both = reconstruct(tiny(), x, u)
-    hidden = unpatchify(random_masking(u, 0.75)[2][:, :, None].expand(-1, -1, 48), (4, 4)) > 0
+    x, hidden = rows(2, 3, 16, 16), shaped(masked(2, 16), 4, (4, 4))
+    _, _, reconstruction, both = reconstruct(tiny(), x, noise(2, 16))
     assert torch.equal(both, torch.where(hidden, reconstruction, x))
     assert not torch.allclose(reconstruction[~hidden], x[~hidden])
-
-
-def test_training_leaves_pictures(tmp_path):
-    train("mae", tmp_path / "a", "--max-steps", 1)
-    with Image.open(tmp_path / "a" / "reconstructions.png") as picture:
-        side = 4 + 160  # 16 pixels, ten times enlarged, and the gap
-        assert picture.width == 4 * side + 4
-        assert picture.height > 8 * side + 4 + 20, "eight images, headings and a caption"
-    train("mae", tmp_path / "b", "--max-steps", 1, "--pictures-every", 0)
-    assert not (tmp_path / "b" / "reconstructions.png").exists()
 
 
 @pytest.fixture(scope="module")
@@ -328,80 +306,74 @@ def run(tmp_path_factory):
     return out
 
 
+def test_training_leaves_pictures(run, tmp_path):
+    with Image.open(run / "reconstructions.png") as picture:
+        side = 4 + 160  # 16 pixels, ten times enlarged, and the gap
+        assert picture.width == 4 * side + 4
+        assert picture.height > 8 * side + 4 + 20, "eight images, headings and a caption"
+    train("mae", tmp_path, "--max-steps", 1, "--pictures-every", 0)
+    assert not (tmp_path / "reconstructions.png").exists()
+
+
 @pytest.fixture
 def photos(tmp_path):
-    pixels = np.random.default_rng(0).integers(0, 256, (2, 40, 30, 3), dtype=np.uint8)
-    paths = [tmp_path / "a.png", tmp_path / "b.jpg"]
-    for array, path in zip(pixels, paths, strict=True):
-        Image.fromarray(array).save(path)
-    return paths
+    write_images(tmp_path, ["a.png", "b.jpg"], size=(40, 30))
+    return [tmp_path / "a.png", tmp_path / "b.jpg"]
 
 
 def visualize(photos, pretrained, out, *more):
-    mae.main(parse_args([*map(str, ["--visualize", *photos, "--pretrained", pretrained, "--out", out, *more])]))
+    main("mae", "--visualize", *photos, "--pretrained", pretrained, "--out", out, *more)
     return (out / "visualize.png").read_bytes()
 
 
 def test_visualize_any_image(run, photos, tmp_path):
-    picture = visualize(photos, run / "last.pt", tmp_path / "a")
-    assert len(picture) > 1000 and not list((tmp_path / "a").glob("*.tmp*"))
-    assert visualize(photos, run / "last.pt", tmp_path / "a") == picture
-    assert visualize(photos, run / "last.pt", tmp_path / "b", "--seed", 1) != picture, "another seed, another mask"
-    assert visualize(photos, run / "last.pt", tmp_path / "b", "--mask-ratio", 0.5) != picture
-
-
-def test_visualize_reads_the_official_layout(run, photos, tmp_path):
-    """Encoder and decoder side by side under "model", beside the arguments; nothing says how many heads there are."""
-    state = torch.load(run / "last.pt", weights_only=True)["model"]
-    state = {name.removeprefix("backbone."): value for name, value in state.items()}
-    torch.save({"model": state, "epoch": 3, "args": argparse.Namespace(lr=1.0)}, tmp_path / "official.pth")
-    own = visualize(photos, run / "last.pt", tmp_path)
-    assert visualize(photos, tmp_path / "official.pth", tmp_path, "--decoder-heads", 2) == own
-    assert visualize(photos, tmp_path / "official.pth", tmp_path, "--decoder-heads", 4) != own
-    plain = visualize(photos, tmp_path / "official.pth", tmp_path, "--decoder-heads", 2, "--no-norm-pix")
-    assert plain != own
+    """Also from the official layout: encoder and decoder side by side under "model", beside the arguments; nothing says
+    how many heads there are."""
+    last, official = run / "last.pt", tmp_path / "official.pth"
+    picture = visualize(photos, last, tmp_path)
+    assert len(picture) > 1000 and not list(tmp_path.glob("*.tmp*"))
+    assert visualize(photos, last, tmp_path) == picture
+    assert visualize(photos, last, tmp_path, "--seed", 1) != picture, "another seed, another mask"
+    assert visualize(photos, last, tmp_path, "--mask-ratio", 0.5) != picture
+    weights = {name.removeprefix("backbone."): value for name, value in state(run)["model"].items()}
+    torch.save({"model": weights, "epoch": 3, "args": argparse.Namespace(lr=1.0)}, official)
+    assert visualize(photos, official, tmp_path, "--decoder-heads", 2) == picture
+    assert visualize(photos, official, tmp_path, "--decoder-heads", 4) != picture
+    assert visualize(photos, official, tmp_path, "--decoder-heads", 2, "--no-norm-pix") != picture
 
 
 # ------------------------------------------------------------------------------------------------------ errors
-def refused(capsys, *words):
-    module = importlib.import_module("mae")
-    with pytest.raises(SystemExit) as stop:
-        module.main(module.parse_args([str(w) for w in words]))
-    error = capsys.readouterr().err
-    assert stop.value.code == 2, error
-    assert error.startswith("error: ") and error.count("\n") == 1, error
-    return error
-
-
 @pytest.mark.parametrize(
     "words, expected",
     [
-        (["--mask-ratio", 0.999], "--mask-ratio 0.999 leaves 0 of 64 patches"),
-        (["--mask-ratio", 1], "--mask-ratio"),
-        (["--mask-ratio", 0], "--mask-ratio"),
-        (["--decoder-dim", 18, "--decoder-heads", 3], "--decoder-dim 18"),
-        (["--decoder-dim", 16, "--decoder-heads", 3], "of 3 heads"),
-        (["--decoder-depth", 0], "-depth"),
-        (["--patch-size", 5], "--patch-size"),
-        (["--heads", 5], "5 heads"),
-        (["--pretrained", "x.pt"], "--visualize"),
-        (["--visualize", "x.jpg"], "--pretrained"),
+        ("--mask-ratio 0.999", "--mask-ratio 0.999 leaves 0 of 64 patches"),
+        ("--mask-ratio 1", "--mask-ratio: must be less than 1"),
+        ("--mask-ratio 0", "--mask-ratio 0.0 leaves 64 of 64 patches"),
+        ("--decoder-dim 18 --decoder-heads 3", "--decoder-dim 18"),
+        ("--decoder-dim 16 --decoder-heads 3", "of 3 heads"),
+        ("--decoder-depth 0", "--decoder-depth"),
+        ("--patch-size 5", "--patch-size"),
+        ("--heads 5", "5 heads"),
+        ("--pretrained x.pt", "--visualize"),
+        ("--visualize x.jpg", "--pretrained"),
     ],
 )
 def test_mistakes(words, expected, capsys, tmp_path):
-    assert expected in refused(capsys, *flags("mae", tmp_path, *words))
+    assert expected in refused(capsys, main, "mae", *flags("mae", tmp_path, *words.split()))
 
 
 def test_mistakes_with_visualize(run, photos, capsys, tmp_path):
-    rest = ["--out", tmp_path / "out"]
-    last = run / "last.pt"
-    assert "no decoder" in refused(capsys, "--visualize", *photos, "--pretrained", run / "backbone.pt", *rest)
-    assert "no such file" in refused(capsys, "--visualize", *photos, "--pretrained", tmp_path / "no.pt", *rest)
-    assert "none.jpg" in refused(capsys, "--visualize", tmp_path / "none.jpg", "--pretrained", last, *rest)
     (tmp_path / "text.jpg").write_text("no image")
-    assert "text.jpg" in refused(capsys, "--visualize", tmp_path / "text.jpg", "--pretrained", last, *rest)
-    state = torch.load(last, weights_only=True)
-    del state["model"]["decoder_norm.bias"]
-    torch.save(state, tmp_path / "half.pt")
-    error = refused(capsys, "--visualize", *photos, "--pretrained", tmp_path / "half.pt", *rest)
-    assert "decoder_norm.bias missing" in error
+    half = state(run)
+    del half["model"]["decoder_norm.bias"]
+    torch.save(half, tmp_path / "half.pt")
+    for images, pretrained, expected in (
+        (photos, run / "backbone.pt", "no decoder"),
+        (photos, tmp_path / "no.pt", "no such file"),
+        ([tmp_path / "none.jpg"], run / "last.pt", "none.jpg"),
+        ([*photos, tmp_path / "text.jpg"], run / "last.pt", "text.jpg"),
+        (photos, tmp_path / "half.pt", "decoder_norm.bias missing"),
+    ):
+        words = ["--visualize", *images, "--pretrained", pretrained, "--out", tmp_path]
+        assert expected in refused(capsys, main, "mae", *words)
+    assert "--data" in refused(capsys, main, "mae", "--out", tmp_path)

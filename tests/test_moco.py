@@ -1,4 +1,4 @@
-"""MoCo: the loss, the queue, the key network's moving average, split and shuffled batch norm, and version 1."""
+"""MoCo: the loss, the queue, split and shuffled batch norm, and version 1."""
 
 import copy
 import math
@@ -10,39 +10,24 @@ import torch.nn.functional as F
 from torch import nn
 
 import moco
+from common import batchnorm
 from common.resnet import resnet
-from tests.helpers import records, state, train
-
-TARGETS = {"backbone.": "target_backbone.", "projector.": "target_projector."}
+from tests.helpers import EXACT, SMALL, main, records, refused, rows, state, train, unit
 
 
 def small_model(queue=24, **settings):
     torch.manual_seed(0)
-    return moco.MoCo(resnet("resnet18", 0.125, 16), dim=8, queue=queue, **settings).double()
+    return moco.MoCo(resnet(*SMALL), dim=8, queue=queue, **settings).double()
 
 
-def vectors(rows, width=8, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return F.normalize(torch.randn(rows, width, dtype=torch.float64, generator=generator), dim=1)
-
-
-def views(rows=8, seed=0):
-    return torch.randn(2, rows, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-
-
-def parsed(*flags):
-    return moco.parse_args(["--data", "fake:64", *map(str, flags)])
-
-
-def pairs(names):
-    """(name in the query network, name in the key network) of everything that both have."""
-    return [(n, new + n.removeprefix(old)) for n in names for old, new in TARGETS.items() if n.startswith(old)]
+def views(batch=8, seed=0):
+    return rows(2, batch, 3, 16, 16, seed=seed)
 
 
 # ------------------------------------------------------------------------------------------------------- loss
 @pytest.mark.parametrize("temperature", [0.07, 0.2, 1.0])
 def test_loss_equals_the_formula_in_numpy(temperature):
-    q, k, queue = vectors(6, seed=1), vectors(6, seed=2), vectors(50, seed=3)
+    q, k, queue = unit(6, 8, seed=1), unit(6, 8, seed=2), unit(50, 8, seed=3)
     total = 0.0
     for a, b in zip(q.numpy(), k.numpy(), strict=True):
         right = np.exp(np.dot(a, b) / temperature)
@@ -52,9 +37,9 @@ def test_loss_equals_the_formula_in_numpy(temperature):
 
 def test_loss_and_gradient_equal_those_of_concatenated_logits():
     """Also where the exponentials of the formula would overflow."""
-    k, queue = vectors(6, seed=2), vectors(50, seed=3)
+    k, queue = unit(6, 8, seed=2), unit(50, 8, seed=3)
     for temperature in (0.2, 0.001):
-        a, b = (vectors(6, seed=1).requires_grad_() for _ in range(2))
+        a, b = (unit(6, 8, seed=1).requires_grad_() for _ in range(2))
         ours = moco.info_nce(a, k, queue, temperature)
         logits = torch.cat([(b * k).sum(1, keepdim=True), b @ queue.T], 1) / temperature
         theirs = F.cross_entropy(logits, torch.zeros(6, dtype=torch.int64))
@@ -66,22 +51,15 @@ def test_loss_and_gradient_equal_those_of_concatenated_logits():
 
 @pytest.mark.parametrize("size", [1, 7, 4096])
 def test_equal_embeddings_give_chance(size):
-    q = vectors(1).expand(5, -1)
+    q = unit(1, 8).expand(5, -1)
     assert moco.info_nce(q, q, q[:1].expand(size, -1), 0.07).item() == pytest.approx(math.log(1 + size), abs=1e-12)
-
-
-def test_gradient_goes_into_queries_only():
-    q, k, queue = (vectors(n, seed=n).requires_grad_() for n in (3, 4, 9))
-    assert torch.autograd.gradcheck(lambda q: moco.info_nce(q, k[:3], queue, 0.2), q)
-    moco.info_nce(q, k[:3], queue, 0.2).backward()
-    assert q.grad.abs().max() > 0 and k.grad is None and queue.grad is None
 
 
 def test_queue_may_change_between_loss_and_backward_pass():
     grads = []
     for change in (False, True):
-        q, queue = vectors(3).requires_grad_(), vectors(9, seed=1)
-        loss = moco.info_nce(q, vectors(3, seed=2), queue, 0.2)
+        q, queue = unit(3, 8).requires_grad_(), unit(9, 8, seed=1)
+        loss = moco.info_nce(q, unit(3, 8, seed=2), queue, 0.2)
         if change:
             queue.zero_()
         loss.backward()
@@ -96,7 +74,7 @@ def test_queue_equals_a_list(sizes):
     model = small_model(queue=10)
     slow, place = [row.tolist() for row in model.queue], 0
     for seed, n in enumerate(sizes):
-        keys = vectors(n, seed=seed)
+        keys = unit(n, 8, seed=seed)
         model.enqueue(keys)
         for row in keys.tolist():
             slow[place] = row
@@ -111,7 +89,7 @@ def test_queue_starts_with_unit_vectors_of_the_seed():
     assert torch.equal(a.queue, b.queue)
     assert (a.queue @ a.queue.T - torch.eye(24)).abs().max() < 0.99  # 24 different ones
     torch.manual_seed(1)
-    assert not torch.equal(moco.MoCo(resnet("resnet18", 0.125, 16), dim=8, queue=24).queue.double(), a.queue)
+    assert not torch.equal(moco.MoCo(resnet(*SMALL), dim=8, queue=24).queue.double(), a.queue)
 
 
 def test_queue_of_a_run_holds_the_last_keys(tmp_path):
@@ -122,76 +100,27 @@ def test_queue_of_a_run_holds_the_last_keys(tmp_path):
     same = (before["queue"] == after["queue"]).all(1)
     assert not same.any()
     torch.manual_seed(3)
-    start = moco.MoCo(resnet("resnet18", 0.125, 16), dim=16, queue=40).queue
+    start = moco.MoCo(resnet(*SMALL), dim=16, queue=40).queue
     assert torch.equal(before["queue"][16:], start[16:]) and not torch.equal(before["queue"][:16], start[:16])
     torch.testing.assert_close(after["queue"].norm(dim=1), torch.ones(40))
 
 
 def test_accumulated_and_symmetric_steps_enqueue_everything_once(tmp_path):
-    for flags, count in ((["--accum", 2], 16), (["--symmetric"], 32), (["--symmetric", "--accum", 4], 32)):
-        out = tmp_path / "".join(map(str, flags))
-        assert train("moco", out, "--max-steps", 1, *flags)["model"]["oldest"] == count
+    for words, count in ((["--accum", 2], 16), (["--symmetric"], 32), (["--symmetric", "--accum", 4], 32)):
+        out = tmp_path / "".join(map(str, words))
+        assert train("moco", out, "--max-steps", 1, *words)["model"]["oldest"] == count
 
 
-# ------------------------------------------------------------------------------------------------ key network
-def test_key_network_starts_as_a_copy_without_gradient():
-    model = small_model()
-    tensors = model.state_dict()
-    assert len(pairs(tensors)) == len(tensors) // 2 - 1  # all but queue and oldest
-    assert all(torch.equal(tensors[a], tensors[b]) for a, b in pairs(tensors))
-    trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert {a for a, _ in pairs(name for name, _ in model.named_parameters())} == trained
-
-
-def test_moving_average_equals_a_slow_loop_and_leaves_batch_norm_statistics_alone():
-    model = small_model()
-    with torch.no_grad():
-        for tensor in model.parameters():
-            tensor.add_(torch.randn_like(tensor))
-        for name, buffer in model.named_buffers():
-            if "running" in name:
-                buffer.add_(torch.rand_like(buffer))
-    before = copy.deepcopy(model.state_dict())
-    model.update_target(0.9)
-    after, parameters = model.state_dict(), dict(model.named_parameters())
-    for online, target in pairs(before):
-        assert torch.equal(after[online], before[online])
-        if online in parameters:
-            rows = zip(before[target].flatten().tolist(), before[online].flatten().tolist(), strict=True)
-            slow = torch.tensor([0.9 * old + 0.1 * w for old, w in rows], dtype=torch.float64)
-            torch.testing.assert_close(after[target].flatten(), slow, atol=1e-14, rtol=0)
-        else:
-            assert torch.equal(after[target], before[target])
-
-
-def test_keys_come_from_the_average_with_the_weights_before_the_step(tmp_path, monkeypatch):
-    """Order within a step: average, keys, gradient step. With m = 0 the key network of step n has the queries' weights
-    of step n, so the saved key network lags behind the saved query network by one gradient step."""
-    calls = []
-    for name in ("update_target", "forward", "enqueue"):
-        original = getattr(moco.MoCo, name)
-
-        def record(self, *args, original=original, name=name):
-            calls.append((name, self.projector[0].weight.detach().clone(), self.target_projector[0].weight.clone()))
-            return original(self, *args)
-
-        monkeypatch.setattr(moco.MoCo, name, record)
-    saved = train("moco", tmp_path, "--max-steps", 3, "--accum", 2, "--key-momentum", 0, "--warmup-epochs", 0)["model"]
-    assert [name for name, *_ in calls] == ["update_target", "forward", "forward", "enqueue"] * 3
-    for step in range(3):
-        _, first, second, _ = calls[4 * step : 4 * step + 4]
-        for _, online, target in (first, second):
-            assert torch.equal(online, target)
-    query, key = saved["projector.0.weight"], saved["target_projector.0.weight"]
-    assert torch.equal(key, calls[-2][1]) and not torch.equal(key, query)
-
-
-def test_keys_of_loaded_weights_start_as_copies(tmp_path):
-    train("moco", tmp_path / "a", "--max-steps", 2)
-    train("moco", tmp_path / "b", "--max-steps", 1, "--init", tmp_path / "a" / "backbone.pt", "--lr", 1e-30)
-    loaded, saved = torch.load(tmp_path / "a" / "backbone.pt", weights_only=True)["backbone"], state(tmp_path / "b")
-    for name in ("conv1.weight", "layer4.1.bn2.bias"):
-        torch.testing.assert_close(saved["model"][f"target_backbone.{name}"], loaded[name], atol=0, rtol=0)
+def test_symmetric_step_swaps_the_views_and_makes_one_backward_pass_through_both_losses(tmp_path, monkeypatch):
+    seen, losses, passes = [], [], []
+    forward, loss, backward = moco.MoCo.forward, moco.info_nce, moco.Run.backward
+    monkeypatch.setattr(moco.MoCo, "forward", lambda self, *x: seen.append(x[:2]) or forward(self, *x))
+    monkeypatch.setattr(moco, "info_nce", lambda *x: losses.append(loss(*x)) or losses[-1])
+    monkeypatch.setattr(moco.Run, "backward", lambda run, x: passes.append(x) or backward(run, x))
+    train("moco", tmp_path, *EXACT, "--max-steps", 1, "--accum", 2, "--symmetric")
+    assert [torch.equal(seen[i][j], seen[i + 1][1 - j]) for i in (0, 2) for j in (0, 1)] == [True] * 4
+    assert len(losses) == 4 and passes == [losses[0] + losses[1], losses[2] + losses[3]]
+    assert records(tmp_path)[1]["loss"] == pytest.approx(sum(passes).item() / 2, rel=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------- batch norm
@@ -202,7 +131,7 @@ def test_split_batch_norm_equals_one_batch_norm_per_group(splits):
     ours = nn.BatchNorm2d(5).double()
     nn.init.normal_(ours.weight), nn.init.normal_(ours.bias), nn.init.uniform_(ours.running_var)
     theirs = [copy.deepcopy(ours) for _ in range(splits)]
-    ours.__class__, ours.splits = moco.SplitBatchNorm, splits
+    batchnorm.split_batch_norm(ours, splits)
     for _ in range(2):
         out = ours(x)
         expected = torch.cat([norm(x[8 // splits * g :][: 8 // splits]) for g, norm in enumerate(theirs)])
@@ -223,8 +152,8 @@ def test_split_batch_norm_equals_one_batch_norm_per_group(splits):
 def test_every_batch_norm_is_split_and_names_stay():
     model = small_model(splits=4)
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert len(norms) == 2 * 20 and all(type(m) is moco.SplitBatchNorm and m.splits == 4 for m in norms)
-    assert model.backbone.state_dict().keys() == resnet("resnet18", 0.125, 16).state_dict().keys()
+    assert len(norms) == 2 * 20 and all(type(m) is batchnorm.SplitBatchNorm and m.splits == 4 for m in norms)
+    assert model.backbone.state_dict().keys() == resnet(*SMALL).state_dict().keys()
 
 
 def test_queries_of_one_group_do_not_depend_on_the_other_groups():
@@ -285,17 +214,14 @@ def test_key_order_is_a_permutation_that_belongs_to_seed_step_and_micro_batch():
     ],
 )
 def test_number_of_groups(world, batch, asked, groups, monkeypatch):
-    monkeypatch.setattr(moco, "world_size", lambda: world)
-    assert moco.bn_groups(asked, batch) == groups
+    monkeypatch.setattr(batchnorm, "world_size", lambda: world)
+    assert batchnorm.batch_norm_groups(asked, batch) == groups
 
 
 @pytest.mark.parametrize("world, asked", [(1, 3), (1, 0), (1, -8), (1, 16), (2, 1)])
 def test_impossible_groups_end_the_program_with_one_line(world, asked, monkeypatch, capsys):
-    monkeypatch.setattr(moco, "world_size", lambda: world)
-    with pytest.raises(SystemExit) as stop:
-        moco.bn_groups(asked, 16)
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and message.count("\n") == 1 and f"--bn-splits {asked}" in message
+    monkeypatch.setattr(batchnorm, "world_size", lambda: world)
+    assert f"--bn-splits {asked}" in refused(capsys, batchnorm.batch_norm_groups, asked, 16)
 
 
 def test_statistics_become_the_mean_over_processes(monkeypatch):
@@ -304,37 +230,18 @@ def test_statistics_become_the_mean_over_processes(monkeypatch):
         if "running" in name:
             buffer.fill_(i)
     before = copy.deepcopy(model.state_dict())
-    monkeypatch.setattr(moco, "mean", lambda flat: (flat + 3 * flat) / 2)  # the other process has three times as much
-    moco.mean_statistics(model)
+    monkeypatch.setattr(batchnorm, "process_mean", lambda flat: (flat + 3 * flat) / 2)  # the other has 3 times as much
+    batchnorm.average_statistics(model)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name] * (2 if "running" in name else 1)), name
 
 
-# ------------------------------------------------------------------------------------------------- the recipes
-def test_numbers_of_both_versions():
-    v2, v1 = parsed(), parsed("--v1")
-    assert (v2.temperature, v2.head, v1.temperature, v1.head) == (0.2, "mlp", 0.07, "linear")
-    for args in (v1, v2):
-        assert (args.epochs, args.batch_size, args.lr, args.weight_decay, args.momentum) == (200, 256, 0.03, 1e-4, 0.9)
-        assert (args.key_momentum, args.dim, args.arch, args.warmup_epochs) == (0.999, 128, "resnet50", 0)
-    mixed = parsed("--v1", "--head", "mlp", "--temperature", 0.1)
-    assert (mixed.temperature, mixed.head) == (0.1, "mlp")
-
-
+# -------------------------------------------------------------------------------------------------- versions
 def test_heads_of_both_versions():
     v2, v1 = small_model(), small_model(mlp=False)
     assert [type(m) for m in v2.projector] == [nn.Linear, nn.ReLU, nn.Linear]
     assert [tuple(p.shape) for p in v2.projector.parameters()] == [(64, 64), (64,), (8, 64), (8,)]
     assert [tuple(p.shape) for p in v1.projector.parameters()] == [(8, 64), (8,)]
-
-
-def test_views_of_both_versions():
-    for v1 in (False, True):
-        one, two = moco.augmentation(224, v1=v1)
-        assert one == two and one.crop == (0.2, 1.0) and one.gray_p == 0.2 and one.solarize_p == 0
-        assert one.jitter == (0.4, 0.4, 0.4, 0.4 if v1 else 0.1) and one.jitter_p == (1.0 if v1 else 0.8)
-        assert one.gray_first == v1 and one.blur_p == (0.0 if v1 else 0.5)
-        assert moco.augmentation(32, v1=v1)[0].blur_p == 0
 
 
 def test_staircase_falls_at_epochs_120_and_160():
@@ -357,16 +264,8 @@ def test_small_data_gets_a_shorter_queue_and_a_line_that_says_so(tmp_path, capsy
     words += ["--knn-every", 0, "--max-steps", 1, "--workers", 0]
     for more, size, reason in ((["--queue", 70], 70, False), ([], 32, True), (["--batch-size", 64], 64, True)):
         out = tmp_path / str(size)
-        moco.main(moco.parse_args([str(w) for w in [*words, *more, "--out", out]]))
+        main("moco", *words, *more, "--out", out)
         assert state(out)["model"]["queue"].shape == (size, 128)
         text = capsys.readouterr().out
         assert ("65,536 are more than 400 images" in text) == reason
         assert f"ln({size + 1}) = {math.log(size + 1):.2f}" in text
-
-
-@pytest.mark.parametrize("flags", [["--temperature", 0], ["--key-momentum", 1.5], ["--queue", -1], ["--dim", 0]])
-def test_impossible_values_end_the_program_with_one_line(flags, capsys):
-    with pytest.raises(SystemExit) as stop:
-        parsed(*flags)
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and message.count("\n") == 1 and flags[0] in message

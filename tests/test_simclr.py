@@ -1,4 +1,4 @@
-"""NT-Xent and SimCLR's model."""
+"""NT-Xent, SimCLR's model and its two rules of the learning rate."""
 
 import math
 
@@ -7,16 +7,14 @@ import pytest
 import torch
 
 from common.resnet import resnet
-from simclr import SimCLR, augmentation, nt_xent, parse_args
-from tests.helpers import train
+from simclr import SimCLR, nt_xent
+from tests.helpers import rows, train
 
 
-def rows(*shape):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
-
-
-def slow_nt_xent(z1, z2, temperature):
+@pytest.mark.parametrize("temperature", [0.1, 0.5, 1.0])
+def test_loss_equals_numpy(temperature):
     """Equation 1 of the paper, one anchor and one candidate at a time."""
+    z1, z2 = rows(2, 6, 5)
     z = np.concatenate([z1, z2])
     n, b = len(z), len(z1)
 
@@ -24,26 +22,13 @@ def slow_nt_xent(z1, z2, temperature):
         return math.exp(z[i] @ z[k] / math.sqrt((z[i] @ z[i]) * (z[k] @ z[k])) / temperature)
 
     losses = [-math.log(sim(i, (i + b) % n) / sum(sim(i, k) for k in range(n) if k != i)) for i in range(n)]
-    return sum(losses) / n
-
-
-@pytest.mark.parametrize("temperature", [0.1, 0.5, 1.0])
-def test_loss_equals_numpy(temperature):
-    z1, z2 = rows(2, 6, 5)
-    assert nt_xent(z1, z2, temperature).item() == pytest.approx(
-        slow_nt_xent(z1.numpy(), z2.numpy(), temperature), abs=1e-10
-    )
+    assert nt_xent(z1, z2, temperature).item() == pytest.approx(sum(losses) / n, abs=1e-10)
 
 
 @pytest.mark.parametrize("b", [1, 2, 17])
 def test_equal_embeddings_give_chance(b):
     z = torch.ones(b, 4, dtype=torch.float64)
     assert nt_xent(z, z, 0.1).item() == pytest.approx(math.log(2 * b - 1), abs=1e-12)
-
-
-def test_gradcheck():
-    z1, z2 = (t.clone().requires_grad_() for t in rows(2, 4, 3))
-    assert torch.autograd.gradcheck(lambda a, b: nt_xent(a, b, 0.5), (z1, z2))
 
 
 def test_model_follows_the_official_code():
@@ -62,15 +47,6 @@ def test_width_gives_the_published_parameter_counts(width, millions):
     with torch.device("meta"):
         count = sum(p.numel() for p in resnet("resnet50", width).parameters())
     assert round(count / 1e6, 2) == millions
-
-
-def test_recipe_is_the_papers():
-    args = parse_args(["--data", "/images"])
-    assert (args.lr, args.batch_size, args.weight_decay, args.warmup_epochs) == (0.3, 4096, 1e-6, 10)
-    assert (args.temperature, args.dim, args.epochs, args.lr_rule) == (0.1, 128, 1000, "linear")
-    view, other = augmentation(224, strength=0.5)
-    assert view == other and view.jitter == (0.4, 0.4, 0.4, 0.1) and view.crop == (0.08, 1.0)
-    assert (view.mean, view.std, view.interpolation) == ((0.0,) * 3, (1.0,) * 3, "bicubic")
 
 
 def test_both_learning_rate_rules(tmp_path):

@@ -6,24 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from common import vit as module
 from common.optim import param_groups
-from common.vit import (
-    ARCHS,
-    POSITIONS,
-    Attention,
-    Block,
-    ViT,
-    default_patch,
-    initialise,
-    path_factors,
-    resize_positions,
-    sincos,
-    vit,
-)
-
-
-def rows(*shape):
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(sum(shape)))
+from common.vit import ARCHS, Attention, Block, ViT, default_patch, path_factors, resize_positions, sincos, vit
+from tests.helpers import refused, rows
 
 
 def tiny(image_size=16, patch_size=4, dim=24, depth=3, heads=3, **more):
@@ -34,29 +20,19 @@ def tiny(image_size=16, patch_size=4, dim=24, depth=3, heads=3, **more):
 # --------------------------------------------------------------------------------------------------- positions
 def slow_positions(dim, grid, order):
     """Number by number: sin and cos of the first coordinate, then of the second, each in dim / 4 frequencies."""
-    table = np.zeros((grid[0] * grid[1], dim))
-    quarter = dim // 4
+    quarter, table = range(dim // 4), []
     for row in range(grid[0]):
         for column in range(grid[1]):
-            first, second = (column, row) if order == "xy" else (row, column)
-            for i in range(quarter):
-                omega = 1 / 10000 ** (i / quarter)
-                token = table[row * grid[1] + column]
-                token[i], token[quarter + i] = math.sin(first * omega), math.cos(first * omega)
-                token[2 * quarter + i], token[3 * quarter + i] = math.sin(second * omega), math.cos(second * omega)
-    return table
+            places = (column, row) if order == "xy" else (row, column)
+            angles = [[p / 10000 ** (i / len(quarter)) for i in quarter] for p in places]
+            table.append([f(a) for half in angles for f in (math.sin, math.cos) for a in half])
+    return np.array(table)
 
 
 @pytest.mark.parametrize("order", ["xy", "yx"])
 @pytest.mark.parametrize("grid", [(4, 4), (3, 5)])
 def test_positions_are_the_formula(order, grid):
     np.testing.assert_allclose(sincos(16, grid, order).numpy(), slow_positions(16, grid, order), atol=1e-14)
-
-
-def test_one_order_is_the_other_with_its_halves_swapped():
-    xy, yx = sincos(32, (5, 7), "xy"), sincos(32, (5, 7), "yx")
-    assert torch.equal(xy, torch.cat([yx[:, 16:], yx[:, :16]], 1))
-    assert not torch.equal(xy, yx)
 
 
 def test_model_holds_the_table_and_its_class_token_has_no_position():
@@ -102,10 +78,7 @@ def test_any_image_size_with_whole_patches():
     assert model.tokens(rows(2, 3, 8, 24)).shape == (2, 1 + 2 * 6, 24)
     with pytest.raises(ValueError, match="18 x 16"):
         model(rows(2, 3, 18, 16))
-
-
-def test_made_for_images_that_are_not_square():
-    model = tiny(image_size=(8, 24))
+    model = tiny(image_size=(8, 24))  # made for images that are not square
     np.testing.assert_allclose(model.pos_embed[0, 1:].numpy(), slow_positions(24, (2, 6), "xy"), atol=1e-6)
     tokens, position = model.embed(rows(1, 3, 8, 24))
     bare = model.patch_embed(rows(1, 3, 8, 24))
@@ -115,12 +88,10 @@ def test_made_for_images_that_are_not_square():
 
 def test_patch_embedding_is_a_linear_layer_of_each_patch():
     model, x = tiny(), rows(2, 3, 16, 16)
-    tokens = model.patch_embed(x)
-    weight, bias = model.patch_embed.proj.weight.flatten(1), model.patch_embed.proj.bias
-    for row in range(4):
-        for column in range(4):
-            patch = x[:, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4].flatten(1)
-            torch.testing.assert_close(tokens[:, 4 * row + column], patch @ weight.T + bias)
+    tokens, proj = model.patch_embed(x), model.patch_embed.proj
+    for i, (row, column) in enumerate(np.ndindex(4, 4)):
+        patch = x[:, :, 4 * row : 4 * row + 4, 4 * column : 4 * column + 4].flatten(1)
+        torch.testing.assert_close(tokens[:, i], patch @ proj.weight.flatten(1).T + proj.bias)
 
 
 # --------------------------------------------------------------------------------------------------- attention
@@ -129,14 +100,10 @@ def slow_attention(layer, x, heads):
     qkv, (batch, tokens, dim) = layer.qkv(x).detach().numpy(), x.shape
     size = dim // heads
     out = np.zeros((batch, tokens, dim))
-    for b in range(batch):
-        for h in range(heads):
-            q, k, v = (qkv[b, :, part * dim + h * size : part * dim + (h + 1) * size] for part in range(3))
-            for i in range(tokens):
-                scores = np.array([q[i] @ k[j] / np.sqrt(size) for j in range(tokens)])
-                weights = np.exp(scores - scores.max())
-                weights /= weights.sum()
-                out[b, i, h * size : (h + 1) * size] = sum(w * v[j] for j, w in enumerate(weights))
+    for b, h, i in np.ndindex(batch, heads, tokens):
+        q, k, v = (qkv[b, :, part * dim + h * size : part * dim + (h + 1) * size] for part in range(3))
+        weights = np.array([np.exp(q[i] @ k[j] / np.sqrt(size)) for j in range(tokens)])
+        out[b, i, h * size : (h + 1) * size] = sum(w * v[j] for j, w in enumerate(weights / weights.sum()))
     return layer.proj(torch.from_numpy(out))
 
 
@@ -159,8 +126,7 @@ def test_block_is_pre_norm_with_exact_gelu():
     block, x = Block(16, 2).double(), rows(2, 5, 16)
 
     def norm(x, layer):
-        x = x - x.mean(-1, keepdim=True)
-        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * layer.weight + layer.bias
+        return torch.nn.functional.layer_norm(x, (16,), layer.weight, layer.bias, 1e-6)
 
     y = x + slow_attention(block.attn, norm(x, block.norm1), 2)
     hidden = block.mlp.fc1(norm(y, block.norm2))
@@ -178,9 +144,7 @@ def test_class_token_or_mean_of_the_others():
     assert not [name for name in mean.state_dict() if name.startswith("norm.")]
     tokens = mean.tokens(x)  # without a final norm
     pooled = tokens[:, 1:].mean(1)
-    centred = pooled - pooled.mean(1, keepdim=True)
-    expected = centred / (centred.square().mean(1, keepdim=True) + 1e-6).sqrt()  # a fresh norm has weight 1 and bias 0
-    torch.testing.assert_close(mean(x), expected)
+    torch.testing.assert_close(mean(x), torch.nn.functional.layer_norm(pooled, (24,), eps=1e-6))  # that of the start
     assert not [name for name in cls.state_dict() if name.startswith("fc_norm")]
 
 
@@ -279,22 +243,19 @@ def test_layer_scale():
     torch.testing.assert_close(block(x), y + 0.1 * block.mlp(block.norm2(y)), atol=1e-7, rtol=0)
 
 
-def test_frozen_patch_embedding_gets_no_gradient_and_no_decay():
-    model = tiny(freeze_patch_embed=True)
+def test_fixed_positions_get_no_gradient_and_no_decay():
+    model = tiny()
     model(rows(2, 3, 16, 16)).sum().backward()
-    assert model.patch_embed.proj.weight.grad is None and model.patch_embed.proj.bias.grad is None
-    assert model.blocks[0].attn.qkv.weight.grad is not None
+    assert model.pos_embed.grad is None and model.blocks[0].attn.qkv.weight.grad is not None
     trained = {id(p) for group in param_groups(model, 0.1) for p in group["params"]}
-    assert not trained & {id(p) for p in (*model.patch_embed.parameters(), model.pos_embed)}
-    assert id(model.cls_token) in trained
+    assert id(model.pos_embed) not in trained and id(model.cls_token) in trained
 
 
 def test_names_are_timms():
     layers = ("norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2")
-    names = {f"blocks.{i}.{layer}.{p}" for i in range(3) for layer in layers for p in ("weight", "bias")}
-    names |= {"cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias", "norm.weight", "norm.bias"}
+    layers = [*(f"blocks.{i}.{layer}" for i in range(3) for layer in layers), "patch_embed.proj", "norm"]
     state = tiny().state_dict()
-    assert set(state) == names
+    assert set(state) == {"cls_token", "pos_embed", *(f"{layer}.{p}" for layer in layers for p in ("weight", "bias"))}
     assert state["blocks.0.attn.qkv.weight"].shape == (72, 24)
     assert (state["cls_token"].shape, state["pos_embed"].shape) == ((1, 1, 24), (1, 17, 24))
     assert state["patch_embed.proj.weight"].shape == (24, 3, 4, 4)
@@ -310,11 +271,9 @@ def test_equal_to_torchvisions():
     renames = {"class_token": "cls_token", "conv_proj": "patch_embed.proj", "encoder.pos_embedding": "pos_embed"}
     renames |= {"encoder.layers.encoder_layer_": "blocks.", "encoder.ln": "norm", "ln_": "norm", "mlp.0": "mlp.fc1"}
     renames |= {"self_attention.in_proj_": "attn.qkv.", "self_attention.out_proj": "attn.proj", "mlp.3": "mlp.fc2"}
-    state = {}
-    for name, value in theirs.state_dict().items():
-        for old, new in renames.items():
-            name = name.replace(old, new)
-        state[name] = value
+    state = theirs.state_dict()
+    for old, new in renames.items():
+        state = {name.replace(old, new): value for name, value in state.items()}
     ours = tiny(positions="learned")
     ours.load_state_dict(state)
     x = rows(2, 3, 16, 16)
@@ -324,16 +283,13 @@ def test_equal_to_torchvisions():
 def test_initialisation_is_glorots():
     torch.manual_seed(0)
     model = ViT(96, 1, 3, 8, 32)
-    qkv, proj = model.blocks[0].attn.qkv, model.patch_embed.proj
-    bound = math.sqrt(6 / (96 + 3 * 96))
-    assert 0.99 * bound < qkv.weight.abs().max() <= bound
-    bound = math.sqrt(6 / (96 + 3 * 8 * 8))
-    assert 0.99 * bound < proj.weight.abs().max() <= bound
-    assert not qkv.bias.any() and not proj.bias.any()
+    for layer, inputs in ((model.blocks[0].attn.qkv, 3 * 96), (model.patch_embed.proj, 3 * 8 * 8)):
+        bound = math.sqrt(6 / (96 + inputs))
+        assert 0.99 * bound < layer.weight.abs().max() <= bound and not layer.bias.any()
     assert 0.015 < model.cls_token.std() < 0.025
     assert torch.equal(model.norm.weight, torch.ones(96))
     before = model.cls_token.clone()
-    initialise(model)
+    module.initialise(model)
     assert torch.equal(model.cls_token, before), "linear layers only"
 
 
@@ -350,12 +306,11 @@ def test_by_name():
     again.load_state_dict(small.state_dict())
     x = rows(2, 3, 32, 32).float()
     assert torch.equal(again(x), small(x)), "name, width, size and config say all"
-    assert POSITIONS == ("sincos-xy", "sincos-yx", "learned")
 
 
-@pytest.mark.parametrize("size, patch", [(224, 16), (160, 16), (128, 16), (96, 12), (64, 8), (32, 4), (16, 2), (8, 1)])
-def test_patches_of_small_images_are_an_eighth_of_them(size, patch):
-    assert default_patch("vit_base", size) == patch
+def test_patches_of_small_images_are_about_an_eighth_of_them_and_divide_them():
+    patches = {8: 1, 16: 2, 24: 3, 32: 4, 36: 4, 64: 8, 96: 12, 100: 10, 128: 16, 160: 16, 224: 16}
+    assert {size: default_patch("vit_base", size) for size in patches} == patches
     assert default_patch("vit_huge", 224) == 14
 
 
@@ -368,11 +323,8 @@ def test_patches_of_small_images_are_an_eighth_of_them(size, patch):
         ({"patch_size": 15}, "--patch-size"),
         ({"image_size": 20, "patch_size": 40}, "--patch-size"),
         ({"image_size": 101}, "--image-size 101"),
+        ({"image_size": 150}, "--image-size 150 is not a multiple of the patch size 16: choose 144 or 160"),
     ],
 )
 def test_settings_that_cannot_be(settings, expected, capsys):
-    with pytest.raises(SystemExit) as stop:
-        vit(**{"arch": "vit_tiny", **settings})
-    error = capsys.readouterr().err
-    assert stop.value.code == 2
-    assert expected in error and error.count("\n") == 1
+    assert expected in refused(capsys, vit, **{"arch": "vit_tiny", **settings})

@@ -1,0 +1,118 @@
+"""Features of a backbone: of whole data sets, of its stages, of crops of several sizes."""
+
+import contextlib
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common.args import fail
+from common.distributed import gather_uneven
+from common.loader import eval_batches, eval_share
+from common.log import bar
+
+# Stages of ResNet-50 at 224 pixels, by channels: side; kernel, stride, padding of average pooling (Goyal et al. 2019)
+WINDOWS = {64: (112, 10, 10, 4), 256: (56, 16, 8, 0), 512: (28, 13, 5, 0), 1024: (14, 8, 3, 0), 2048: (7, 6, 1, 0)}
+
+
+def pool_stage(x):
+    """A stage (B, C, H, W) averaged to about 9,000 numbers per image: (B, C, s, s)."""
+    channels, side = x.shape[1:3]
+    usual, *window = WINDOWS.get(channels, [0])
+    if side == usual:
+        return F.avg_pool2d(x, *window)
+    return F.adaptive_avg_pool2d(x, max(1, min(side, math.isqrt(9216 // channels))))
+
+
+def by_size(network, views):
+    """network(x) of views (B, C, S, S) whose S may differ: a list in their order. Those of one size pass it together,
+    and so share batch-norm statistics."""
+    found = {}
+    for size in dict.fromkeys(x.shape[-1] for x in views):
+        group = [v for v, x in enumerate(views) if x.shape[-1] == size]
+        found |= zip(group, network(torch.cat([views[v] for v in group])).chunk(len(group)), strict=True)
+    return [found[v] for v in range(len(views))]
+
+
+def output_std(z):
+    """Collapse monitor: the standard deviation of the normalised outputs (B, D) over the batch, averaged over
+    dimensions, times sqrt(D). 1: spread evenly over the sphere; 0: all images give the same output."""
+    return F.normalize(z.detach().float(), dim=1).std(0).mean() * z.shape[1] ** 0.5
+
+
+class Features(nn.Module):
+    """Several features of a backbone from one forward pass, side by side: (B, 3, H, W) -> (B, sum of dims).
+
+    names (default: what the backbone returns): of a ResNet feat1 to feat5, the averages over the maps of its stages; of
+    a ViT cls, the class token after the final norm (which one of pool "mean" lacks), and mean, of the patch tokens.
+    """
+
+    def __init__(self, backbone, names=None):
+        super().__init__()
+        self.backbone = backbone
+        if hasattr(backbone, "stages"):
+            kind, known, self.default = "a ResNet", [f"feat{i}" for i in range(1, 6)], "feat5"
+            stages = [backbone.conv1, backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4]
+            convs = [[m for m in stage.modules() if isinstance(m, nn.Conv2d)] for stage in stages]
+            dims = [conv[-1].out_channels for conv in convs]
+        else:
+            kind, known, self.default = "a ViT", ["cls", "mean"], backbone.pool
+            dims = [backbone.dim] * 2
+        self.names = list(dict.fromkeys(names or [self.default]))
+        if unknown := [name for name in self.names if name not in known]:
+            fail(f"--features {' '.join(unknown)}: the features of {kind} are {', '.join(known)}")
+        self.dims = [dims[known.index(name)] for name in self.names]
+        self.dim = sum(self.dims)
+
+    def forward(self, x):
+        if self.names == [self.default]:
+            return self.backbone(x)
+        if hasattr(self.backbone, "stages"):
+            maps = self.backbone.stages(x)
+            return torch.cat([maps[int(name[-1]) - 1].mean((2, 3)) for name in self.names], 1)
+        tokens = self.backbone.tokens(x)
+        found = {"cls": tokens[:, 0], "mean": self.backbone.fc_norm(tokens[:, 1:].mean(1))}
+        return torch.cat([found[name] for name in self.names], 1)
+
+
+def usual_interpolation(backbone):
+    """How evaluations of frozen features resize images unless told otherwise: bicubic for ViTs, as the code of DINO and
+    MAE, bilinear for ResNets, as that of MoCo, SwAV and MMSelfSup."""
+    return "bilinear" if hasattr(backbone, "stages") else "bicubic"
+
+
+def broken_rows(features, dataset, which):
+    """What to say of rows of features (N, D) that are not finite, which make every figure that rests on them wrong: how
+    many, of which of the `which` images, what to do. "" if there are none."""
+    parts = [~part.isfinite().all(1) for part in features.split(2**16)]
+    rows = torch.cat(parts).nonzero().flatten().tolist() if parts else []
+    if not rows:
+        return ""
+    images = ", ".join(str(dataset.path(i)) for i in rows[:3]) + (" ..." if len(rows) > 3 else "")
+    cause = "its weights are damaged" if len(rows) == len(features) else f"look at these images: {images}"
+    many = f"{len(rows):,} of {len(features):,} {which} images"
+    return f"the network's features of {many} are not finite; {cause}, or try --precision fp32"
+
+
+@torch.no_grad()
+def extract(backbone, dataset, view, device, workers=4, batch_size=256, amp=None, everywhere=True):
+    """Features of every sample, in order, on every process: (N, D) float32 and labels (N,) int64, on the device.
+
+    everywhere=False: each process keeps the rows of the share that it computes, which follow in rank order.
+    """
+    training = backbone.training
+    backbone.eval()
+    dtype = next((p.dtype for p in backbone.parameters()), torch.float32)
+    first, last = eval_share(len(dataset), batch_size)
+    features = torch.empty(last - first, backbone.dim, device=device)
+    labels = torch.empty(last - first, dtype=torch.int64, device=device)
+    batches = eval_batches(dataset, view, batch_size, device, workers, dtype)
+    total, row = -(-(last - first) // batch_size), 0
+    for x, y, _ in bar(batches, "features", total):
+        with amp or contextlib.nullcontext():
+            features[row : row + len(x)] = backbone(x).flatten(1)
+        labels[row : row + len(x)] = y
+        row += len(x)
+    backbone.train(training)
+    return (gather_uneven(features), gather_uneven(labels)) if everywhere else (features, labels)

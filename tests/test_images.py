@@ -1,0 +1,355 @@
+"""Every kind of image with every decoder, and files as people have them: each becomes an image, or one line that names
+it, and never ends the program."""
+
+import importlib.util
+import io
+import os
+import struct
+import sys
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from common import datasets
+from common import images as in_use
+from common.augment import DRAWS, EvalView, View
+from common.datasets import Files, open_dataset
+from common.images import BadImage, decode
+from common.loader import Loader
+from common.rng import uniforms
+from tests.helpers import deep_png, encode, photo, refused
+
+MISSING = {"torchvision": [], "torchcodec": ["torchvision.io"], "PIL": ["torchvision.io", "torchcodec.decoders"]}
+
+
+@pytest.fixture(scope="module", params=MISSING)
+def images(request):
+    """common/images.py as it is where some decoders cannot be imported."""
+    if request.param == "torchcodec":
+        pytest.importorskip("torchcodec")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in MISSING[request.param]:
+            patch.setitem(sys.modules, name, None)
+        spec = importlib.util.spec_from_file_location("common.images", in_use.__file__)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    assert module.DECODER == request.param
+    return module
+
+
+# ---------------------------------------------------------------------------------------------- kinds of images
+def turned(image, orientation, kind="JPEG", **options):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encode(image, kind, exif=exif, **options)
+
+
+def without_adobe(content):
+    """A JPEG without its Adobe segment; that the inks are stored inverted has to be assumed then, as PIL does."""
+    at = content.index(b"\xff\xee")
+    return content[:at] + content[at + 2 + struct.unpack(">H", content[at + 2 : at + 4])[0] :]
+
+
+def with_alpha(image):
+    image = image.copy()
+    image.putalpha(Image.fromarray(ALPHA))
+    return image
+
+
+ALPHA = np.random.default_rng(1).integers(0, 256, (40, 56), dtype=np.uint8)
+PIXELS = photo(40, 56, grain=10)
+RGB = Image.fromarray(PIXELS)
+GREY, CMYK, PALETTE = RGB.convert("L"), RGB.convert("CMYK"), RGB.quantize(32)
+JPEG = encode(RGB, quality=90)
+KINDS = {
+    "jpeg": JPEG,
+    "jpeg 4:4:4": encode(RGB, quality=90, subsampling=0),
+    "jpeg progressive": encode(RGB, progressive=True),
+    "jpeg grey": encode(GREY),
+    "jpeg cmyk": encode(CMYK, quality=95),
+    "jpeg cmyk plain": without_adobe(encode(CMYK, quality=95)),
+    "jpeg with bytes behind the end": JPEG + b"x" * 100,
+    "jpeg of one pixel": encode(photo(1, 1)),
+    "jpeg, very wide": encode(photo(10, 20_000)),
+    "png": encode(RGB, "PNG"),
+    "png bilevel": encode(RGB.convert("1"), "PNG"),
+    "png grey": encode(GREY, "PNG"),
+    "png grey, one transparent": encode(GREY, "PNG", transparency=7),
+    "png grey and alpha": encode(with_alpha(GREY), "PNG"),
+    "png rgba": encode(with_alpha(RGB), "PNG"),
+    "png palette": encode(PALETTE, "PNG"),
+    "png palette, one transparent": encode(PALETTE, "PNG", transparency=3),
+    "png palette, half transparent": encode(PALETTE, "PNG", transparency=bytes(range(0, 256, 8))),
+    "png upside down": turned(RGB, 3, "PNG"),
+    "png 16-bit rgb": deep_png(PIXELS.astype(np.uint16) * 257),
+    "png 16-bit rgba": deep_png(np.dstack([PIXELS, ALPHA]).astype(np.uint16) * 257),
+    "png of one pixel": encode(photo(1, 1), "PNG"),
+    "png of one column": encode(photo(300, 1), "PNG"),
+    "png, very high": encode(photo(20_000, 10), "PNG"),
+    "gif": encode(PALETTE, "GIF"),
+    "gif transparent": encode(PALETTE, "GIF", transparency=2),
+    "gif of two frames": encode(RGB, "GIF", save_all=True, append_images=[Image.fromarray(photo(40, 56, 1))]),
+    "webp": encode(RGB, "WEBP", quality=90),
+    "webp rgba": encode(with_alpha(RGB), "WEBP", lossless=True),
+    "bmp": encode(RGB, "BMP"),
+    "ppm": encode(RGB, "PPM"),
+    "tiff": encode(RGB, "TIFF"),
+    "tiff compressed": encode(RGB, "TIFF", compression="tiff_lzw"),
+    "tiff cmyk": encode(CMYK, "TIFF"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_becomes_what_pil_makes_of_it(images, kind):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # PIL has some to give, which no user could act on
+        ours = images.decode(KINDS[kind])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(KINDS[kind]))).convert("RGB"))
+    assert ours.dtype == torch.uint8 and ours.shape == (3, *expected.shape[:2])
+    off = np.abs(ours.permute(1, 2, 0).numpy().astype(int) - expected)
+    assert off.max() <= (2 if kind.startswith("jpeg") else 0)  # two builds of one JPEG library may round differently
+    assert images.DECODER == "PIL" or torch.equal(ours, decode(KINDS[kind]))
+    for u in uniforms(0, 0, range(3), 0, DRAWS):
+        assert View(16).crop(ours, u).shape == EvalView(16).crop(ours).shape == (3, 16, 16)
+
+
+def test_colours_are_those_of_the_picture(images):
+    """Not only PIL's, but the right ones: inks not inverted, high bytes not dropped, transparency without effect."""
+    for kind in ("jpeg cmyk", "jpeg cmyk plain", "png rgba", "webp rgba", "png palette, half transparent", "tiff cmyk"):
+        off = np.abs(images.decode(KINDS[kind]).permute(1, 2, 0).numpy() - PIXELS.astype(int))
+        assert off.mean() < 20, kind
+    for kind in ("png 16-bit rgb", "png 16-bit rgba"):
+        assert np.array_equal(images.decode(KINDS[kind]).permute(1, 2, 0), PIXELS), kind
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation(images, orientation, mode):
+    upright = np.full((24, 40, 3), 30, np.uint8)
+    upright[:8, :16] = 250  # the corner tells all eight apart
+    upright[:4, 16:] = 140
+    content = turned(Image.fromarray(upright).convert(mode), orientation, quality=95, subsampling=0)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB"))
+    for channels in (3, 1):
+        ours = images.decode(content, channels).permute(1, 2, 0).numpy()
+        assert ours.shape == ((24, 40, channels) if orientation < 5 else (40, 24, channels))
+        assert np.abs(ours.astype(int) - expected).max() <= (2 if channels == 3 or mode == "L" else 5)
+        if orientation > 1:
+            assert ours.shape[:2] != (24, 40) or np.abs(ours.astype(int) - upright).max() > 100
+
+
+def test_content_counts_not_the_name(tmp_path):
+    (tmp_path / "a.png").write_bytes(JPEG)
+    (tmp_path / "b.jpg").write_bytes(encode(RGB, "PNG"))
+    dataset = open_dataset(tmp_path, "train")
+    assert torch.equal(dataset[0][0], decode(JPEG)) and np.array_equal(dataset[1][0].permute(1, 2, 0), PIXELS)
+
+
+# ----------------------------------------------------------------------------- more than 8 bits, other channels
+@pytest.mark.parametrize("brightest", [65_535, 300, 200])  # even where all values would fit into 8 bits
+@pytest.mark.parametrize("kind", ["png", "png with alpha", "tiff", "tiff big-endian"])
+def test_16_bit_grey_is_scaled(kind, brightest):
+    array = np.linspace(0, brightest, 30 * 20).astype(np.uint16).reshape(20, 30)
+    content = {
+        "png": lambda: encode(array, "PNG"),
+        "png with alpha": lambda: deep_png(np.dstack([array, array[::-1]])),
+        "tiff": lambda: encode(array, "TIFF"),
+        "tiff big-endian": lambda: encode(array.astype(">u2"), "TIFF"),
+    }[kind]()
+    ours = decode(content)
+    assert ours.shape == (3, 20, 30) and torch.equal(ours[0], ours[1]) and torch.equal(ours[0], ours[2])
+    # PIL itself reads grey with alpha and keeps the high byte
+    assert np.abs(ours[0].numpy() - array / 257).max() <= (1 if kind == "png with alpha" else 0.5)
+
+
+def test_integer_and_float_grey():
+    array = np.linspace(0, 1, 600, dtype=np.float32).reshape(20, 30)
+    whole = (array * 65_535).astype(np.int32)
+    for values, scale in ((array, 255), (array * 255, 1), (array * 65_535, 1 / 257), (whole, 1 / 257)):
+        assert np.abs(decode(encode(values, "TIFF"))[0].numpy() - values * scale).max() <= 0.5 + 1e-3
+
+
+def test_16_bit_grey_keeps_its_bits(tmp_path):
+    values = np.array([[0, 1, 257], [300, 40000, 65535]], np.uint16)
+    (tmp_path / "a.png").write_bytes(deep_png(values))
+    (tmp_path / "b.tif").write_bytes(encode(values, "TIFF"))
+    np.save(tmp_path / "c.npy", values)
+    for channels in (1, 3):
+        for image, _ in open_dataset(tmp_path, "train", channels=channels):
+            assert image.shape == (channels, 2, 3) and image.dtype == torch.float32
+            np.testing.assert_allclose(image, np.broadcast_to(values / 257, image.shape), rtol=1e-6)
+
+
+def test_16_bit_colour_keeps_its_bits(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "decode", images.decode)
+    values = np.random.default_rng(0).integers(0, 2**16, (5, 7, 3), dtype=np.uint16)
+    (tmp_path / "a.png").write_bytes(deep_png(values))
+    np.save(tmp_path / "b.npy", values)
+    png, npy = (image.permute(1, 2, 0).numpy() for image, _ in open_dataset(tmp_path, "train"))
+    np.testing.assert_allclose(npy, values / 257, rtol=1e-6)
+    off = np.abs(png - values / 257)
+    assert off.max() < (1 if images.DECODER == "PIL" else 1e-4)  # PIL keeps the high byte
+
+
+def test_8_bits_stay_8_bits(tmp_path):
+    values = photo(5, 7)
+    (tmp_path / "a.png").write_bytes(encode(values, "PNG"))
+    np.save(tmp_path / "b.npy", values)
+    (tmp_path / "c.jpg").write_bytes(encode(values))
+    images = open_dataset(tmp_path, "train")
+    assert images.dtype == torch.uint8 and all(image.dtype == torch.uint8 for image, _ in images)
+    assert all(np.array_equal(images[i][0].permute(1, 2, 0), values) for i in (0, 1))
+
+
+@pytest.mark.parametrize("shape", [(6, 8, 4), (4, 6, 8)])
+def test_arrays_have_channels_last_or_first(tmp_path, shape):
+    values = np.random.default_rng(0).random(shape)
+    np.save(tmp_path / "a.npy", values)
+    image, label = open_dataset(tmp_path, "train", channels=4)[0]
+    assert image.shape == (4, 6, 8) and label == -1
+    np.testing.assert_allclose(image, 255 * (values if shape[0] == 4 else values.transpose(2, 0, 1)), rtol=1e-6)
+
+
+def test_pictures_of_four_bands_stay_as_they_are(tmp_path):
+    values = np.random.default_rng(0).integers(0, 256, (5, 7, 4), dtype=np.uint8)
+    for mode, kind in (("CMYK", "TIFF"), ("RGBA", "PNG")):
+        (tmp_path / f"a.{kind}").write_bytes(encode(Image.frombytes(mode, (7, 5), values.tobytes()), kind))
+    dataset = open_dataset(tmp_path, "train", channels=4)
+    assert len(dataset) == 2 and all(np.array_equal(image.permute(1, 2, 0), values) for image, _ in dataset)
+
+
+def test_one_channel_of_colour_files_is_their_luma(images):
+    for content in (encode(RGB, "PNG"), encode(RGB.resize((240, 160)), quality=95)):
+        grey = np.asarray(Image.open(io.BytesIO(content)).convert("L")).astype(int)
+        image = images.decode(content, 1)
+        off = abs(image[0].numpy() - grey)
+        assert image.shape == (1, *grey.shape) and off.max() <= 4 and off.mean() < 0.5  # a JPEG holds its luma itself
+
+
+@pytest.mark.parametrize(
+    "array, said",
+    [
+        (np.zeros((6, 8, 2), "u1"), "the shape (6, 8, 2): expected (H, W, C) or (C, H, W) with C = 3 (--channels)"),
+        (np.zeros(5, np.uint8), "the shape (5,)"),
+        (np.zeros((6, 8), np.int32), "holds int32: expected uint8, uint16, or floats in [0, 1]"),
+        (np.full((6, 8), -3.0), "holds floats from -3 to -3: scale all images alike to [0, 1]"),
+        (np.full((6, 8), np.nan), "holds floats from nan to nan"),
+        (np.array([[{}]]), "allow_pickle=False"),
+    ],
+)
+def test_arrays_that_mean_nothing_are_named(tmp_path, array, said):
+    np.save(tmp_path / "odd.npy", array)
+    with pytest.raises(BadImage, match=r"odd\.npy") as error:
+        Files(tmp_path, ["odd.npy"])[0]
+    assert said in str(error.value)
+
+
+def test_other_channels_than_the_files_have_end_the_program(tmp_path, capsys):
+    """At once, with one line, not after a hundred warnings."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(BadImage, match=r"a\.png.*has 3 channels, expected 5"):
+        Files(tmp_path, ["a.png"], channels=5)[0]
+    message = refused(capsys, open_dataset, tmp_path, "train", channels=5)
+    assert "has 3 channels, expected 5 (--channels)" in message
+    (tmp_path / "a.png").write_bytes(b"broken")  # which the loader tells, and goes on
+    assert len(open_dataset(tmp_path, "train", channels=5)) == 1
+
+
+# ------------------------------------------------------------------------------------------------- broken files
+def jpeg_of_size(height, width):
+    """A JPEG whose header claims another size."""
+    at = JPEG.index(b"\xff\xc0")
+    return JPEG[: at + 5] + struct.pack(">HH", height, width) + JPEG[at + 9 :]
+
+
+def png_of_size(height, width):
+    png = encode(RGB, "PNG")
+    header = b"IHDR" + struct.pack(">II", width, height) + png[24:29]
+    return png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:]
+
+
+BROKEN = {
+    "empty": b"",
+    "zeros": bytes(5000),
+    "text": b"<html><body>404 Not Found</body></html>",
+    "only the signature": b"\xff\xd8\xff",
+    "png cut off": encode(RGB, "PNG")[:200],
+    "gif cut off": encode(PALETTE, "GIF")[:40],
+    "webp cut off": encode(RGB, "WEBP")[:100],
+    "png bomb": png_of_size(10_000, 20_000),
+    "jpeg bomb": jpeg_of_size(65_000, 65_000),
+    "no width": jpeg_of_size(40, 0),
+}
+BROKEN |= {f"jpeg cut off at {i}0 %": JPEG[: len(JPEG) * i // 10] for i in range(10)}
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken(images, kind, tmp_path, monkeypatch):
+    """Is refused with a line that names the file, before much memory is taken."""
+    monkeypatch.setattr(datasets, "decode", images.decode)
+    (tmp_path / "x.jpg").write_bytes(BROKEN[kind])
+    with pytest.raises(BadImage) as error:
+        Files(tmp_path, ["x.jpg"])[0]
+    assert str(tmp_path / "x.jpg") in str(error.value) and "\n" not in str(error.value)
+
+
+def test_size_in_the_header_of_a_jpeg(images, monkeypatch):
+    """The guard against bombs reads what PIL reads, and lets images through up to PIL's own limit."""
+    for kind in ("jpeg", "jpeg progressive", "jpeg cmyk", "turned"):
+        content = turned(RGB, 6) if kind == "turned" else KINDS[kind]
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", PIXELS.size // 3)
+        assert images.decode(content).shape[0] == 3
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", PIXELS.size // 9)
+        with pytest.raises(Image.DecompressionBombError):
+            images.decode(content)
+
+
+def test_entries_of_a_folder_that_are_no_files(tmp_path):
+    """A folder named x.jpg is a folder; links that lead nowhere or in a circle are found when they are read."""
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "folder.jpg" / "1.jpg").write_bytes(JPEG)
+    for name, target in (("dangling.jpg", "nowhere"), ("circle.jpg", "circle.jpg"), ("self", ".")):
+        os.symlink(target, tmp_path / name)
+    dataset = open_dataset(tmp_path, "train")
+    assert dataset.names.strings() == ["circle.jpg", "dangling.jpg", "folder.jpg/1.jpg"]
+    for i in (0, 1):
+        with pytest.raises(BadImage):
+            dataset[i]
+    assert dataset[2][0].shape == (3, 40, 56)
+
+
+def test_file_that_may_not_be_read(tmp_path, monkeypatch):
+    dataset = Files(tmp_path, ["x.jpg"])
+
+    def refuse(i):  # an imitation: root may read everything
+        raise PermissionError(13, "Permission denied", dataset.path(i))
+
+    monkeypatch.setattr(dataset, "read", refuse)
+    with pytest.raises(BadImage, match="Permission denied"):
+        dataset[0]
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_epoch_over_all_of_them(tmp_path, capsys, workers):
+    """Each broken file is reported once and replaced; the others arrive; two loaders agree bit for bit."""
+    contents = [*KINDS.values(), *BROKEN.values()]
+    for i, content in enumerate(contents):
+        (tmp_path / f"name {i:02d}\n\u00e9.jpg").write_bytes(content)
+    dataset, runs = open_dataset(tmp_path, "train"), []
+    assert len(dataset) == len(contents)
+    for reported in (len(BROKEN), 0):  # each file is named once in a process
+        loader = Loader(dataset, [View(16)], 4, workers=workers)
+        runs.append([b.views()[0].clone() for epoch in range(2) for b in loader.epoch(epoch)])
+        lines = capsys.readouterr().err.replace("\n\u00e9", "").splitlines()
+        lines = [line for line in lines if "cannot decode" in line]
+        assert len(lines) == len(set(lines)) == reported
+    assert len(runs[0]) == 2 * (len(contents) // 4)
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))

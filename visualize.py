@@ -1,0 +1,313 @@
+"""Two pictures of what features hold alike: the plane of t-SNE, and images beside those most similar to them.
+
+    python visualize.py --pretrained runs/simsiam/backbone.pt --data /imagenet
+    python visualize.py --pretrained runs/simsiam/backbone.pt --data /imagenet --tsne --features feat4 feat5
+    torchrun --nproc_per_node=8 visualize.py --pretrained runs/simsiam/backbone.pt --data /imagenet --neighbours
+    python visualize.py --pretrained random --arch resnet18 --data digits --split train
+
+Written to --out, features/ beside the checkpoint by default; without --tsne and --neighbours, both:
+    tsne.png        the plane of t-SNE (van der Maaten and Hinton 2008), a colour per class; tsne.npz: its points
+    neighbours.png  some images and those most similar to them (cosine), framed green where the classes are the same
+                    and red where not
+With several --features a file each: tsne_feat4.png, tsne_feat5.png.
+
+Images are seen as in the other evaluations: shorter side to 256, central 224 x 224 pixels (images of at most 64 pixels:
+no margin).
+
+t-SNE runs on the features as they are, after a PCA to 50 dimensions where there are more, from a random start with
+perplexity 30, early exaggeration 12, learning rate 200 and 1000 iterations. It shows at most 2000 images, evenly spaced
+over those of the first 20 classes, and --tsne alone computes only their features. --neighbours searches all images and
+holds their features in memory: 10 GB for ImageNet's training set and 2048 dimensions.
+"""
+
+import os
+import sys
+import unicodedata
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from common.args import Parser, at_least, fail, positive, toggle
+from common.augment import EvalView
+from common.checkpoint import load_pretrained
+from common.datasets import Subset, open_split
+from common.distributed import end_processes, is_main, print0
+from common.features import Features, extract
+from common.files import atomic, make_folder, result_folder
+from common.images import BadImage, to_tensor
+from common.knn import nearest
+from common.optim import precision
+from common.pictures import rgb
+from common.run import start_device
+
+COLOURS = """#1f77b4 #ff7f0e #2ca02c #d62728 #9467bd #8c564b #e377c2 #17becf #bcbd22 #3b3b3b
+#3c1ea5 #960069 #00f0a5 #005a00 #a5b4ff #d2a596 #5a8778 #78000f #6978ff #877800""".split()
+GREY, GREEN, RED = "#666666", "#1a9641", "#d7191c"
+BIG, TEXT, SMALL = (ImageFont.load_default(size) for size in (26, 18, 15))
+
+
+# -------------------------------------------------------------------------------------------------- arguments
+def parse_args(argv=None):
+    parser = Parser(__doc__)
+    parser.add_pretrained()
+    group = parser.add_argument_group("pictures")
+    group.add_argument("--split", choices=["train", "val"], help="default: val, or all images of an undivided folder")
+    group.add_argument("--features", nargs="+", help="feat1 ... feat5, or cls and mean (default: the pooled output)")
+    group.add_argument("--batch-size", type=positive(int), default=256, help="images per process and forward pass")
+    group.add_argument("--tsne", action=toggle, help="draw tsne.png (default: both pictures)")
+    group.add_argument("--points", type=at_least(5), default=2000, help="images in it, at most")
+    group.add_argument("--perplexity", type=positive(float), help="default: 30, less for fewer than 91 images")
+    group.add_argument("--neighbours", action=toggle, help="draw neighbours.png (default: both pictures)")
+    group.add_argument("--queries", type=positive(int), default=10, help="rows of it")
+    group.add_argument("--k", type=positive(int), default=8, help="neighbours in a row")
+    return parser.parse_args(argv)
+
+
+# --------------------------------------------------------------------------------------------------- features
+def class_names(dataset):
+    """{label: text}, None without labels. Classes that have only numbers, as those of a list file, are called after the
+    folders of their images, if that is one folder for each."""
+    labels, folders = dataset.labels, {}
+    if labels is None:
+        return None
+    if dataset.classes:
+        return {int(c): dataset.classes[c] for c in np.unique(labels)}
+    for i, label in enumerate(labels.tolist()):
+        folders.setdefault(label, set()).add(os.path.basename(os.path.dirname(dataset.path(i))))
+    names = {c: next(iter(found)) for c, found in folders.items() if len(found) == 1}
+    return names if len(set(names.values())) == len(folders) else {c: f"class {c}" for c in folders}
+
+
+def embed(features, perplexity, seed):
+    """t-SNE of (n, D): points (n, 2) and the divergence that is left. sklearn's defaults are 1000 iterations, early
+    exaggeration 12 and the end after 300 iterations without progress."""
+    from sklearn.decomposition import PCA  # half a second of import
+    from sklearn.manifold import TSNE
+
+    if features.shape[1] > 50:
+        features = PCA(min(50, len(features)), random_state=seed).fit_transform(features)
+    tsne = TSNE(perplexity=perplexity, learning_rate=200.0, init="random", random_state=seed)
+    return tsne.fit_transform(features), tsne.kl_divergence_
+
+
+def same_class(points, labels, k):
+    """Share (n,) of the k nearest other points that have the label of the point."""
+    from sklearn.neighbors import KDTree
+
+    found = KDTree(points).query(points, k=k + 1, return_distance=False)
+    own = found == np.arange(len(points))[:, None]
+    return ((labels[found] == labels[:, None]) & ~own).sum(1) / k
+
+
+def neighbours(features, queries, k):
+    """The k rows of features (N, D) most similar to each of the rows `queries` (Q,), which is not one of them: their
+    cosine and their numbers, (Q, k) both."""
+    similarity, index = nearest(features[queries], features, k + 1)
+    kept = index != queries[:, None]
+    kept[kept.all(1), -1] = False  # so many copies of the query that it is not among them
+    return similarity[kept].view(-1, k), index[kept].view(-1, k)
+
+
+# --------------------------------------------------------------------------------------------------- pictures
+def tile(dataset, i, view, side=112):
+    """Image i as the network sees it."""
+    try:
+        image, _ = dataset[i]
+    except BadImage:
+        return Image.new("RGB", (side, side), "#dddddd")
+    image = view.crop(image if isinstance(image, torch.Tensor) else to_tensor(image))
+    image = (255 * rgb(image[None] / 255, view.mean, view.std)[0]).round().to(torch.uint8)
+    return Image.fromarray(image.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.BICUBIC)
+
+
+def shorten(text, font, width):
+    """Text that fits, in the letters that the font has."""
+    text = unicodedata.normalize("NFKD", text)
+    text = "".join(c if " " <= c <= "~" else "?" for c in text if not unicodedata.combining(c))
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text.rstrip() + "..."
+
+
+def sheet(width, height, margin, title, note):
+    """A white picture with a title and a line below it, and what draws on it."""
+    canvas = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(canvas)
+    draw.text((margin, 20), shorten(title, BIG, width - 2 * margin), "black", BIG)
+    draw.text((margin, 58), shorten(note, TEXT, width - 2 * margin), GREY, TEXT)
+    return canvas, draw
+
+
+def draw_tsne(path, points, labels, names, title, note, thumbnail):
+    """points (n, 2), labels (n,) or None, names: {label: text}. Equal scales on both axes, which have no meaning.
+
+    Without labels, images where there is room: thumbnail(i) is the one of point i.
+    """
+    side, margin, fine = 900, 24, 3  # points are drawn `fine` times larger, then reduced: smooth edges
+    n = len(points)
+    spots = points - (points.min(0) + points.max(0)) / 2
+    spots = spots * ((side - 3 * margin) / max(np.ptp(points, axis=0).max(), 1e-9)) + side / 2
+    radius = min(8.0, max(2.0, 180 / n**0.5))
+    classes = [] if labels is None else sorted(set(labels.tolist()))
+    colour = dict(zip(classes, COLOURS, strict=False))
+    plane = Image.new("RGB", (side * fine, side * fine), "#f7f7f7")
+    draw = ImageDraw.Draw(plane)
+    order = np.random.default_rng(0).permutation(n)  # so that no class lies on top of another
+    for i in order:
+        box = [fine * (v + s) for s in (-radius, radius) for v in spots[i]]
+        fill = "#9aa5b1" if labels is None else colour[int(labels[i])]
+        draw.ellipse(box, fill=fill, outline="white", width=fine // 2 + 1)
+    plane = plane.resize((side, side), Image.Resampling.LANCZOS)
+
+    placed = []
+    for i in order if labels is None else ():
+        x, y = spots[i]
+        if all(max(abs(x - a), abs(y - b)) >= 50 for a, b in placed):
+            placed.append((x, y))
+            plane.paste(thumbnail(i).resize((48, 48), Image.Resampling.LANCZOS), (round(x) - 24, round(y) - 24))
+
+    if len(classes) > 1:  # a name where its class is dense and in the majority, if there is room
+        draw, taken, label = ImageDraw.Draw(plane), [], ImageFont.load_default(22 if len(classes) <= 10 else 17)
+        share = same_class(points, labels, min(40, n - 1))
+        for c in classes:
+            best = share[labels == c].max()
+            if best <= 0.5:
+                continue
+            dense = spots[(labels == c) & (share >= best - 0.1)]
+            spot = dense[((dense - np.median(dense, axis=0)) ** 2).sum(1).argmin()]
+            name = shorten(names[c], label, 160)
+            width = label.getlength(name)
+            x = min(max(spot[0] - width / 2, 6), side - width - 6)
+            for shift in (0, -30, 30):
+                y = min(max(spot[1] - 14 + shift, 4), side - 34)
+                if all(x + width + 8 < a or a + w + 8 < x or abs(y - b) > 29 for a, b, w in taken):
+                    taken.append((x, y, width))
+                    draw.text((x, y), name, "black", label, stroke_width=4, stroke_fill="white")
+                    break
+
+    entries = [(c, shorten(names[c], TEXT, 220), f"{(labels == c).sum():,}") for c in classes]
+    counts = max((TEXT.getlength(count) for *_, count in entries), default=0)
+    legend = 34 + max((TEXT.getlength(name) for _, name, _ in entries), default=-60) + 24 + counts
+    top, width = 96, int(2 * margin + side + (margin + legend if classes else 0))
+    canvas, draw = sheet(width, top + side + margin, margin, title, note)
+    canvas.paste(plane, (margin, top))
+    left = 2 * margin + side
+    for row, (c, name, count) in enumerate(entries):
+        y = top + 14 + 32 * row
+        draw.ellipse((left, y, left + 20, y + 20), fill=colour[c])
+        draw.text((left + 34, y - 1), name, "black", TEXT)
+        draw.text((width - margin - TEXT.getlength(count), y - 1), count, GREY, TEXT)
+    with atomic(path) as temporary:
+        canvas.save(temporary)
+    print0(f"{path}: {n:,} images, {canvas.width} x {canvas.height} pixels")
+
+
+def draw_neighbours(path, tiles, similarity, index, queries, labels, names, title, note):
+    """A row for each query: its image, then its neighbours'. index, similarity (Q, k); tiles: {index: PIL image}."""
+    tile, gap, margin, top = 112, 14, 24, 134
+    caption = 44 if labels is not None else 26
+    step, line = tile + gap, tile + caption + 10
+    left = margin + step + margin
+    width = max(left + index.shape[1] * step - gap + margin, int(BIG.getlength(title)) + 2 * margin + 1)
+    canvas, draw = sheet(width, top + len(queries) * line + 6, margin, title, note)
+    draw.text((margin, top - 34), "image", GREY, TEXT)
+    draw.text((left, top - 34), "most similar first; below: cosine", GREY, TEXT)
+    draw.line((left - margin + gap / 2 - 7, top, left - margin + gap / 2 - 7, canvas.height - 20), "#cccccc", 2)
+
+    def place(i, x, y, frame, lines):
+        if frame:
+            draw.rectangle((x - 5, y - 5, x + tile + 4, y + tile + 4), fill=frame)
+        canvas.paste(tiles[i], (x, y))
+        for row, (words, ink) in enumerate(lines):
+            words = shorten(words, SMALL, tile + gap - 4)
+            draw.text((x + (tile - SMALL.getlength(words)) / 2, y + tile + 6 + 18 * row), words, ink, SMALL)
+
+    for row, query in enumerate(queries.tolist()):
+        y = top + row * line
+        place(query, margin, y, None, [] if labels is None else [(names[int(labels[query])], "black")])
+        for column, (i, value) in enumerate(zip(index[row].tolist(), similarity[row].tolist(), strict=True)):
+            frame, lines = None, [(f"{value:.3f}", GREY)]
+            if labels is not None:
+                frame = GREEN if labels[i] == labels[query] else RED
+                lines = [(names[int(labels[i])], frame), *lines]
+            place(i, left + column * step, y, frame, lines)
+    with atomic(path) as temporary:
+        canvas.save(temporary)
+    print0(f"{path}: {index.shape[1]} neighbours of {len(queries)} images, {canvas.width} x {canvas.height} pixels")
+
+
+# ------------------------------------------------------------------------------------------------------- main
+def main(args):
+    device = start_device(args)
+    backbone, meta = load_pretrained(args)
+    amp, _, dtype = precision(args.precision, device)
+    model = Features(backbone, args.features).to(device, dtype, memory_format=torch.channels_last)
+    view = EvalView(meta["image_size"], mean=tuple(meta["mean"]), std=tuple(meta["std"]))
+    dataset = open_split(args, meta["channels"])
+    n, labels = len(dataset), dataset.labels
+    both = not (args.tsne or args.neighbours)
+    tsne, near = (both if wanted is None else wanted for wanted in (args.tsne, args.neighbours))
+    print0(f"data        {args.data}: {n:,} images, {view.size} px, {', '.join(model.names)}")
+    if near and n < args.k + 1:
+        fail(f"--k {args.k}: {n} images have at most {n - 1} neighbours each")
+    shown = np.arange(n) if labels is None else np.flatnonzero(np.isin(labels, np.unique(labels)[: len(COLOURS)]))
+    if len(shown) > args.points:
+        shown = shown[np.linspace(0, len(shown) - 1, args.points).round().astype(np.int64)]
+    perplexity = args.perplexity or min(30.0, (len(shown) - 1) / 3)
+    if tsne and (len(shown) < 5 or perplexity >= len(shown)):
+        remedy = "at least 5 are needed" if len(shown) < 5 else f"--perplexity {perplexity:g} must be smaller"
+        fail(f"--tsne of {len(shown)} images: {remedy}")
+    order = np.arange(n) if labels is None else labels.argsort(kind="stable")  # so many images of each class
+    rows = min(args.queries, n)
+    queries = order[((np.arange(rows) + 0.5) * n / rows).astype(np.int64)]
+    out = make_folder(args.out or result_folder(args.pretrained) / "features")
+
+    images = dataset if near else Subset(dataset, shown)
+    features, _ = extract(model, images, view, device, args.workers, args.batch_size, amp)
+    end_processes()
+    if not is_main():
+        return
+    if not features.isfinite().all():
+        fail(f"--pretrained {args.pretrained}: some features overflow; try --precision fp32")
+    names, network = class_names(dataset), "random initialisation" if meta["method"] == "random" else meta["method"]
+    network = f"{network}, {meta['arch']}{'' if meta['width'] == 1 else ' x {:g}'.format(meta['width'])}"
+    tiles = {}
+    for name, x in zip(model.names, features.split(model.dims, 1), strict=True):
+        suffix, dim = f"_{name}" if len(model.names) > 1 else "", f"{x.shape[1]:,} dimensions"
+        if tsne:
+            if sys.stderr.isatty():
+                print(f"t-SNE of {len(shown):,} images ...", end="\r", file=sys.stderr, flush=True)
+            points = (x[torch.from_numpy(shown).to(device)] if near else x).cpu().numpy()
+            points, divergence = embed(points, perplexity, args.seed)
+            note = f"{dim}{', PCA to 50 first' if x.shape[1] > 50 else ''}"
+            note += f", perplexity {perplexity:.3g}, KL divergence {divergence:.2f}"
+            arrays = {"points": points, "indices": shown, "perplexity": perplexity, "kl_divergence": divergence}
+            if labels is not None:
+                arrays["labels"], among = labels[shown], min(10, len(shown) - 1)
+                share = same_class(points, labels[shown], among).mean()
+                note += f"; {share:.0%} of the {among} nearest points are of the same class"
+            path, title = out / f"tsne{suffix}.png", f"t-SNE of {len(shown):,} images: {network}, {name}"
+            draw_tsne(
+                path, points, arrays.get("labels"), names, title, note, lambda i: tile(dataset, int(shown[i]), view)
+            )
+            with atomic(path.with_suffix(".npz")) as temporary:
+                np.savez(temporary, **arrays)
+            print0(f"{path.with_suffix('.npz')}: {', '.join(arrays)}")
+        if near:
+            found = neighbours(x, torch.from_numpy(queries).to(device), args.k)
+            similarity, index = (part.cpu().numpy() for part in found)
+            for i in {*queries.tolist(), *index.flatten().tolist()} - tiles.keys():
+                tiles[i] = tile(dataset, i, view)
+            note = f"{dim}, images as the network sees them"
+            if labels is not None:
+                right = (labels[index] == labels[queries][:, None]).sum()
+                note = f"{dim}; green: same class ({right} of {index.size}), red: another class"
+            path, title = out / f"neighbours{suffix}.png", f"Nearest of {n:,} images: {network}, {name}"
+            draw_neighbours(path, tiles, similarity, index, queries, labels, names, title, note)
+
+
+if __name__ == "__main__":
+    main(parse_args(sys.argv[1:]))
