@@ -411,9 +411,10 @@ def evaluate(source, probes, images):
 # ------------------------------------------------------------------------------------------------- small sets
 def held_out(labels, seed):
     """(N,) bool: a tenth of the samples, drawn evenly from the classes."""
-    order = np.lexsort((rng.uniforms(seed, 0, np.arange(len(labels)), rng.SCRIPT, 1)[:, 0], labels))
-    chosen = np.zeros(len(labels), bool)
-    chosen[order[len(order) % 10 // 2 :: 10]] = True
+    n, count = len(labels), max(1, len(labels) // 10)
+    order = np.lexsort((rng.uniforms(seed, 0, np.arange(n), rng.SCRIPT, 1)[:, 0], labels))
+    chosen = np.zeros(n, bool)
+    chosen[order[(np.arange(count) * n + n // 2) // count]] = True
     return chosen
 
 

@@ -12,12 +12,16 @@ Published, ResNet-50 on ImageNet, 70 epochs, linear top-1 (README of MMSelfSup 0
 feat4. eval_linear.py --protocol multihead and eval_svm.py report all five; k-NN judges the last one, and is poor
 (MMSelfSup: 15.0).
 
-Geometry: cells are a third of --image-size (default: 255, or what fits a small named set), patches a quarter of it.
-They lie anywhere in their cells but for --gap: neighbours are gap to gap + 2 jitter apart, jitter = cell - patch - gap.
-255 px: cells 85, patches 64, jitter 21 (MMSelfSup); 96 px: 32, 24, 8; 32 px: 10, 8, 2. The paper's: --image-size 432
---patch-size 96 --gap 34, cells of 144, half a patch apart on average. Jitter and gaps keep lines that cross a border
-from giving the position away; turning whole images grey does so for chromatic aberration; nothing is mirrored, which
-would exchange left and right. Evaluations show whole images: give them --image-size 224.
+Geometry: cells are a third of --image-size, patches a quarter of it. They lie anywhere in their cells but for --gap:
+neighbours are gap to gap + 2 jitter apart, jitter = cell - patch - gap. 255 px: cells 85, patches 64, jitter 21
+(MMSelfSup); 96 px: 32, 24, 8; 28 px: 9, 7, 2. The paper's: --image-size 432 --patch-size 96 --gap 34, cells of 144,
+half a patch apart on average. Evaluations show whole images: give them --image-size 224, or 32.
+
+Jitter and gaps keep lines that cross a border from giving the position away, turning whole images grey does so for
+chromatic aberration, and nothing is mirrored, which would exchange left and right. Where jitter is small, beware of
+other traces of the place: resizing leaves sharp and soft columns in turn, JPEG files have blocks of 8 pixels. On
+CIFAR-10, --image-size 28 needs no resizing (the default is 255/292 of a small named set's size); with 32, or with whole
+images stored as JPEG, the network finds positions twice as often, but hardly needs the patch in the middle.
 
 Batch norm: all nine patches of an image pass the backbone together, once, and the features of the middle one are used
 eight times: 9 patches instead of the 16 of eight pairs. In MMSelfSup middle patches, each eight times, pass apart from
@@ -25,7 +29,7 @@ the others, and each kind is normalised by its own statistics; here both have th
 once. Nothing else differs. Statistics are those of the global batch (MMSelfSup: of each GPU), so that the number of
 processes does not matter.
 
-Small images (our choice; 32 px): --image-size 32 --arch resnet18 --hidden-dim 512 --weight-decay 5e-4.
+Small images (our choice; 32 px): --image-size 28 --arch resnet18 --hidden-dim 512 --weight-decay 5e-4.
 
 Deviations from the paper: a ResNet instead of AlexNet, pooled features joined before h, and grey images with
 probability 0.66 instead of two colour channels replaced by noise (all as in MMSelfSup, whose recipe the defaults are);
@@ -81,8 +85,8 @@ def parse_args(argv=None):
     group.add_argument("--head-weight-decay", type=at_least(0, float), default=5e-4, help="of h")
     group.add_argument("--momentum", type=below_one, default=0.9)
     args = parser.parse_args(argv)
-    size = default_size(args.data)
-    args.image_size = size = args.image_size or (255 if size == 224 else max(32, size))
+    shorter = default_size(args.data)
+    args.image_size = size = args.image_size or round((292 if shorter == 224 else max(32, shorter)) * 255 / 292)
     args.resize = args.resize or round(size * 292 / 255)
     args.patch_size = args.patch_size or round(size / 4)
     least = 3 * (args.patch_size + args.gap + 1)

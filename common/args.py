@@ -136,6 +136,11 @@ class Parser(argparse.ArgumentParser):
         add("--arch", help=text.format("resnet50"))
         add("--width", type=width, help=text.format(1))
         add("--channels", type=channels, help=text.format(3))
+        text = "of the images: one number, or one per channel (default: what the file says, else ImageNet's)"
+        add("--mean", type=number(float), nargs="+", help=text)
+        add("--std", type=positive(float), nargs="+", help=text)
+        text = "take the backbone under this name in the file, where it holds several (default: says which it takes)"
+        add("--pretrained-key", metavar="NAME", help=text)
         add("--image-size", type=image_size, help="default: that of the file, else what fits the data")
         add("--seed", type=at_least(0), default=0)
         group = self.add_argument_group("run", recipe=False)

@@ -1,19 +1,18 @@
 """Saving and loading: complete run states, exported backbones, and a loader that refuses half a network.
 
 Our files hold tensors, numbers, strings, lists and dictionaries only, so all of them load with `weights_only=True`.
-Other people's files may hold more; what common/layouts.py knows of them is read here.
+Other people's files are read by common/formats.py, and taken apart by what common/layouts.py knows of them.
 """
 
 import contextlib
 import os
-import re
 import sys
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from common import layouts, resnet, vit
+from common import formats, layouts, resnet, vit
 from common.args import default_size, fail
 from common.distributed import barrier, is_main, print0
 from common.files import atomic, make_folder
@@ -47,42 +46,13 @@ def save_file(path, state, keep=False):
 
 
 def load_file(path, flag, trust_pickle=False):
-    """The dictionary in a file. `flag` names it in the message that ends the program when it cannot be read.
-
-    A pickle can run any program. None is run here: only tensors, plain values and harmless types are restored, unless
-    trust_pickle says that the file's origin is trusted.
-    """
-    if Path(path).is_dir():
-        fail(f"{flag} {path} is a folder: name the file in it, backbone.pt or last.pt")
-    if not Path(path).is_file():
+    """The dictionary in a file, or in a folder as Hugging Face has it. `flag` names it in the message that ends the
+    program when it cannot be read. trust_pickle: the file's origin is trusted, its pickle may run anything."""
+    if not Path(path).exists():
         fail(f"{flag} {path}: no such file")
-    state, problem = _read(path, flag, trust_pickle)
-    return state if problem is None else fail(problem)
-
-
-def _read(path, flag, trust_pickle=False):
-    """(the dictionary in a file, None) or (None, what is wrong with it)."""
-    try:
-        with torch.serialization.safe_globals(layouts.harmless_types()):
-            state = torch.load(path, map_location="cpu", weights_only=not trust_pickle)
-    except Exception as error:  # a damaged file can raise anything
-        return None, _unreadable(flag, path, error, trust_pickle)
-    if not isinstance(state, dict):
-        return None, f"{flag} {path} holds a {type(state).__name__}, not a dictionary of weights"
-    return state, None
-
-
-def _unreadable(flag, path, error, trusted):
-    where, remedy = f"{flag} {path}", "add" if flag == "--pretrained" else "convert it by export.py"
-    reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-    if trusted:
-        return f"{where} cannot be read: {reason}"
-    if foreign := re.search(r"GLOBAL (\S+)", str(error)):
-        return (
-            f"{where} cannot be read safely: it holds {foreign[1]}, and restoring that could run any program."
-            f" If you trust the origin of the file: {remedy} --trust-pickle"
-        )
-    return f"{where} is not a checkpoint that can be read safely: {reason}"
+    remedy = "add" if flag == "--pretrained" else "convert it by export.py"
+    state, problem = formats.read(path, trust_pickle, remedy)
+    return state if problem is None else fail(f"{flag} {path} {problem}")
 
 
 def save_run(args, step, images, model, optimizer, scaler, backbone, view):
@@ -122,10 +92,10 @@ def resume(args, images, model, optimizer, scaler, name="last.pt"):
         return None
     remedy = "choose another --out, or --no-resume to overwrite it"
     for path in found:
-        state, problem = _read(path, "--out")
+        state, problem = formats.read(path)
         if problem is None:
             break
-        print0(f"warning: {problem}", file=sys.stderr)
+        print0(f"warning: --out {path} {problem}", file=sys.stderr)
     else:
         fail(f"--out {args.out}: no state of the run can be read; {remedy}")
     if path != found[0] and is_main():  # or the next save would put the damaged file in the place of this good one
@@ -154,16 +124,24 @@ def resume(args, images, model, optimizer, scaler, name="last.pt"):
 def init_from(path, model):
     """`--init`: weights for a fresh schedule. The whole backbone, from any file that `load_backbone` reads; from the
     last.pt of a run also what else (heads, for instance) has the same name and shape here."""
+    where = f"--init {path}"
     state, own = load_file(path, "--init"), model.state_dict()
-    found = find_backbone(state, f"--init {path}")
-    heads, told = getattr(model.backbone, "heads", None), network_shape(found).get("heads")
-    if heads and told and heads != told:
+    found = find_backbone(state, where)
+    told = network_shape(found)
+    heads, was = getattr(model.backbone, "heads", None), told.get("heads")
+    if heads and was and heads != was:
         known = "heads" in found.meta or found.layout.heads
-        was = f"was{'' if known else ', as far as one can tell,'} trained with {told} attention heads"
-        (fail if known else print0)(f"--init {path} {was}, this model has {heads}")
-    weights = resize_positions(found.weights, model.backbone)
+        was = f"was{'' if known else ', as far as one can tell,'} trained with {was} attention heads"
+        (fail if known else print0)(f"{where} {was}, this model has {heads}")
+    weights = fit_channels(resize_positions(found.weights, model.backbone), model.backbone)
     if compare_tensors(model.backbone, weights)[0]:
-        refuse_tensors(f"--init {path}", "this model's backbone", model.backbone, weights)
+        family = "vit" if hasattr(model.backbone, "tokens") else "resnet"
+        told, here = (
+            network_shape(found._replace(weights=tensors, meta={}, family=kind))
+            for tensors, kind in ((found.weights, found.family), (model.backbone.state_dict(), family))
+        )
+        why = explain_shapes(told, here) if found.family == family else f"--arch {told['arch']} is in the file"
+        refuse_tensors(where, "this model's backbone", model.backbone, weights, why)
     fitting = {prefix_of(model.backbone, model) + k: v for k, v in weights.items()}
     if "backbone_prefix" in state:
         fitting = {k: v for k, v in state["model"].items() if k in own and own[k].shape == v.shape} | fitting
@@ -171,23 +149,103 @@ def init_from(path, model):
     print0(f"init        {path}: {len(fitting)} of {len(own)} tensors")
 
 
+def fit_channels(weights, network):
+    """The weights with the first layer for images of other channels, where there is one right way: what grey images
+    give is what they gave as three equal channels, and any channels give what their mean gave as a grey image."""
+    name = "conv1.weight" if "conv1.weight" in weights else "patch_embed.proj.weight"
+    layer, own = weights.get(name), network.state_dict().get(name)
+    if layer is None or own is None or layer.ndim != 4 or "input_filter" in weights | network.state_dict():
+        return weights
+    was, now = layer.shape[1], own.shape[1]
+    if (was, now) == (3, 1):
+        weights, how = weights | {name: layer.sum(1, keepdim=True)}, "summed over the three channels"
+    elif was == 1 < now:
+        weights, how = weights | {name: layer.expand(-1, now, -1, -1) / now}, "spread over the channels"
+    else:
+        return weights
+    print0(
+        f"first layer for images of {was} channel{'s' * (was > 1)} in the file, of {now} here: its weights are {how}"
+    )
+    return weights
+
+
+# What differs between the network in a file and this one, and the flags that make this one like it.
+REASONS = {
+    "arch": "the file has {0}, this model is {1}: --arch {0}",
+    "width": "the file has width {0:g}, this model {1:g}: --width {0:g}",
+    "channels": "the file is for images of {0} channels, this model for {1}: --channels {0}",
+    "patch_size": "the file has patches of {0} pixels, this model of {1}: --patch-size {0}",
+    "depth": "the file has {0} blocks, this model {1}: --depth {0}",
+    "pool": "the file pools by {0}, this model by {1}",
+    "layer_scale": "only one of the two scales its layers",
+    "filtered": "only one of the two sees the image through a fixed filter (input_filter)",
+}
+STEMS = "images of at most 64 px get a 3x3 stem, larger ones 7x7; the file has {}: --image-size {}"
+
+
+def explain_shapes(told, here):
+    """Why the tensors of a file do not fit a model: the arguments that build the two networks, compared, in words."""
+    reasons = [REASONS[k].format(told[k], here[k]) for k in REASONS if k in told and told[k] != here[k]]
+    if told.get("small") != here.get("small"):
+        reasons.insert(0, STEMS.format(*(("3x3", resnet.SMALL) if told["small"] else ("7x7", 96))))
+    return "; ".join(reasons)
+
+
 # --------------------------------------------------------------------------------------------------- backbones
-def find_backbone(state, where, arch=None):
-    """The backbone (layouts.Found) in the dictionary of a file: the complete one with the most tensors.
+def find_backbone(state, where, arch=None, key=None):
+    """The backbone (layouts.Found) in the dictionary of a file: the complete one with the most tensors. Says which
+    copies were left.
 
     where: flag and path, for the message that ends the program when there is none. arch: what it is said to be.
+    key: only what stands under this name in the file.
     """
-    found = layouts.candidates(state)
+    found = layouts.candidates(state, key)
     if not found:
-        keys = ", ".join(map(str, list(state)[:5])) or "none at all"
-        fail(f"{where}: no backbone found (a ResNet or a ViT in a known layout), its keys are {keys} ...")
+        places = [f"{entry.place.removesuffix('.')}" for entry in layouts.candidates(state)] if key else []
+        if places:
+            fail(f"{where}: no backbone under --pretrained-key {key}; there is {', '.join(places)}")
+        path, tensors = max(layouts.containers(state).items(), key=lambda item: len(item[1]), default=("", {}))
+        held = (
+            f"the tensors {f'of {path[:-1]} ' if path else ''}are" if tensors else "it holds no tensors, its keys are"
+        )
+        names = ", ".join(map(str, list(tensors or state)[:5])) or "none at all"
+        fail(f"{where}: no backbone found (a ResNet or a ViT), {held} {names} ...")
 
     def rank(candidate):
-        network = make_network(candidate, network_shape(candidate, arch), where)
-        bad, matched, _ = compare_tensors(network, candidate.weights)
+        shape = network_shape(candidate, arch)
+        if candidate.family == "vit" and shape["heads"] is None:
+            return False, 0
+        bad, matched, _ = compare_tensors(make_network(candidate, shape, where), candidate.weights)
         return not bad, matched
 
-    return max(found, key=rank) if len(found) > 1 else found[0]
+    best = max(found, key=rank) if len(found) > 1 else found[0]
+    if best.naming.name == "transformers":
+        for setting, value in layouts.CONFIG[best.family].items():
+            if (there := state.get("config.json", {}).get(setting, value)) != value:
+                fail(f"{where}: config.json has {setting} {there}, this network is not built here ({value} is)")
+    for name, value in best.weights.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            fail(f"{where}: {name} holds numbers that are not finite: the run has diverged, take an earlier file")
+    if others := _copies(state, best, found):
+        place = best.place.removesuffix(".") or "the first level"
+        flag = "--pretrained-key" if where.startswith("--pretrained") else "export.py --pretrained-key"
+        print0(f"copies      taken is {place}; the file also has {', '.join(others)} ({flag} takes another)")
+    return best
+
+
+def _copies(state, best, found):
+    """Where else in the file such tensors stand, whole or in part, that are not the best one's under another name."""
+    known = {entry.place: entry.weights for entry in found}
+    held = layouts.containers(state)
+    container = max((path for path in held if best.place.startswith(path)), key=len)
+    prefix = best.place.removeprefix(container)
+    names = {name for name in held[container] if name.startswith(prefix)}
+    more = {path + prefix: {} for path in held if path != container and names & held[path].keys()}
+    return [p.removesuffix(".") for p, weights in (more | known).items() if not _equal(weights, best.weights)]
+
+
+def _equal(a, b):
+    return a.keys() == b.keys() and all(a[k].shape == b[k].shape and bool((a[k] == b[k]).all()) for k in a)
 
 
 def network_shape(found, arch=None):
@@ -212,7 +270,7 @@ def make_network(found, shape, where):
         network = resnet.resnet(shape["arch"], shape["width"], size, **inputs)
     if shape["small"]:
         network.conv1.padding = (found.layout.padding, found.layout.padding)
-    if not found.stem_relu:
+    if not found.naming.stem_relu:
         network.relu = nn.Identity()
     return network
 
@@ -228,11 +286,13 @@ def compare_tensors(network, weights):
     return bad + [f"{k} unexpected" for k in weights if k not in own], matched, len(needed)
 
 
-def refuse_tensors(where, name, network, weights):
+def refuse_tensors(where, name, network, weights, why=""):
     bad, matched, needed = compare_tensors(network, weights)
     more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
     only = "only " if matched < needed else ""
-    fail(f"{where}: {only}{matched}/{needed} tensors match {name}: {'; '.join(bad[:5])}{more}")
+    fail(
+        f"{where}: {f'{why}; ' if why else ''}{only}{matched}/{needed} tensors match {name}: {'; '.join(bad[:5])}{more}"
+    )
 
 
 def resize_positions(weights, network):
@@ -250,20 +310,33 @@ def resize_positions(weights, network):
 def load_pretrained(args):
     """The network that the flags of an evaluation name (`Parser.add_pretrained`), and what is known of it."""
     size = args.image_size or (default_size(args.data) if str(args.pretrained) == "random" else None)
-    rest = (args.seed, args.trust_pickle, getattr(args, "channels", None))
-    return load_backbone(args.pretrained, args.arch, args.width, size, *rest)
+    flags = {k: getattr(args, k, None) for k in ("channels", "mean", "std")} | {"key": args.pretrained_key}
+    return load_backbone(args.pretrained, args.arch, args.width, size, args.seed, args.trust_pickle, **flags)
 
 
-def load_backbone(path, arch=None, width=None, image_size=None, seed=0, trust_pickle=False, channels=None):
+def load_backbone(
+    path,
+    arch=None,
+    width=None,
+    image_size=None,
+    seed=0,
+    trust_pickle=False,
+    channels=None,
+    mean=None,
+    std=None,
+    key=None,
+):
     """The network behind `--pretrained`: (backbone, meta). "random" gives a random initialisation.
 
     arch, width, channels, image_size: taken from the file, which has them in words (ours) or in the shapes of its
     tensors; one of the first three that contradicts it ends the program. Another image_size makes a ViT interpolate
-    its positions. trust_pickle: see `load_file`. Prints how many tensors matched: all, or the program ends.
+    its positions. trust_pickle: see `load_file`. mean, std: of the images, in place of those of the file, one number or
+    one per channel. key: see `find_backbone`. Prints how many tensors matched: all, or the program ends.
     """
+    given = {k: v for k, v in (("mean", mean), ("std", std)) if v is not None}
     if str(path) != "random":
-        found = find_backbone(load_file(path, "--pretrained", trust_pickle), f"--pretrained {path}", arch)
-        backbone, meta = build_backbone(found, path, arch, width, image_size)
+        found = find_backbone(load_file(path, "--pretrained", trust_pickle), f"--pretrained {path}", arch, key)
+        backbone, meta = build_backbone(found, path, arch, width, image_size, channels, given)
         if channels not in (None, meta["channels"]):
             fail(f"--channels {channels}: {path} is for images of {meta['channels']}; leave the flag out")
         return backbone, meta
@@ -274,7 +347,7 @@ def load_backbone(path, arch=None, width=None, image_size=None, seed=0, trust_pi
     backbone = make(**{k: meta[k] for k in ("arch", "width", "image_size", "channels")})
     same = f"{meta['arch']}, width {meta['width']:g}, {meta['image_size']} px, {meta['channels']} channels"
     print0(f"pretrained  random: {same}; compare with networks of the same --arch, --width and --image-size")
-    return backbone, meta | getattr(backbone, "config", {})
+    return backbone, meta | getattr(backbone, "config", {}) | per_channel(given, meta["channels"])
 
 
 def default_statistics(channels):
@@ -283,9 +356,22 @@ def default_statistics(channels):
     return {"channels": channels} | (IMAGENET if channels == 3 else other)
 
 
-def build_backbone(found, path, arch=None, width=None, image_size=None):
-    """Builds what was found in a file and loads all of it, or ends the program. Returns (backbone, meta)."""
-    where, shape = f"--pretrained {path}", network_shape(found, arch)
+def per_channel(given, channels):
+    """--mean and --std with as many numbers as there are channels."""
+    for name, value in given.items():
+        if len(value) not in (1, channels):
+            fail(f"--{name}: {len(value)} numbers for images of {channels} channels: give one, or one per channel")
+    return {name: [*value] * (channels // len(value)) for name, value in given.items()}
+
+
+def build_backbone(found, path, arch=None, width=None, image_size=None, channels=None, given=None):
+    """Builds what was found in a file and loads all of it, or ends the program. Returns (backbone, meta). channels and
+    given (mean, std): what the user says of the images."""
+    where = f"--pretrained {path}"
+    if found.name != found.layout.name and channels == 2:  # not edges after all
+        weights = {k: v for k, v in found.weights.items() if k != "input_filter"}
+        found = found._replace(weights=weights, name=found.layout.name)
+    shape = network_shape(found, arch)
     backbone, weights = make_network(found, shape, where), found.weights
     if compare_tensors(backbone, weights)[0]:
         if arch in resnet.ARCHS and found.family == "resnet":  # tell what the one that was asked for lacks
@@ -296,6 +382,7 @@ def build_backbone(found, path, arch=None, width=None, image_size=None):
     if width is not None and round(64 * width) != round(64 * shape["width"]):  # the same number of channels
         fail(f"--width {width}: {path} holds width {shape['width']:g}; leave the flag out")
 
+    own, name = "arch" in found.meta, found.name
     size = 32 if shape.get("small") else shape.get("image_size", 224)
     kind = "" if shape["width"] == 1 else f", width {shape['width']:g}"
     if found.family == "vit":
@@ -304,17 +391,27 @@ def build_backbone(found, path, arch=None, width=None, image_size=None):
             fail(f"--image-size {size}: {path} has patches of {patch} pixels, choose a multiple")
         backbone = make_network(found, shape | {"image_size": size}, where)
         weights = resize_positions(weights, backbone)
+        usual = vit.ARCHS[shape["arch"]][1]
+        kind += f", {shape['depth']} blocks instead of {usual}" if shape["depth"] != usual else ""
         kind += f", patches of {patch}, {shape['heads']} heads"
         kind += "" if "heads" in found.meta else " (assumed from layout and dimension: the tensors do not show it)"
-    kind += ", 3x3 stem" if shape.get("small") else ""
+        name = layouts.FIXED.get(shape["positions"], name) if name == "unknown" else name
+    if shape.get("small"):
+        padded = ", padded by 2" if found.layout.padding == 2 else ""
+        kind += ", 3x3 stem" + ("" if own else f" without max-pooling{padded} (assumed: the tensors do not show it)")
+    if shape.get("filtered") and not own:
+        kind += ", of edges (Sobel: conv1 has 2 channels; --channels 2 if the images have two)"
     _, matched, needed = compare_tensors(backbone, weights)
     counters = {k: torch.tensor(0) for k in backbone.state_dict() if k.endswith("num_batches_tracked")}
     backbone.to_empty(device="cpu").load_state_dict(counters | weights)
-    meta = {"method": found.name, "arch": shape["arch"], "width": shape["width"], "image_size": size}
-    meta |= default_statistics(shape["channels"])
-    meta |= getattr(backbone, "config", {}) | found.meta | ({"image_size": image_size} if image_size else {})
-    print0(f"pretrained  {path}: {meta['method']}, {meta['arch']}{kind}, tensors matched {matched}/{needed}")
-    if "mean" not in found.meta:
+    usual = default_statistics(shape["channels"])
+    told = {k: v for k, v in found.meta.items() if k not in ("mean", "std") or len(v) == usual["channels"]}
+    meta = {"method": name, "arch": shape["arch"], "width": shape["width"], "image_size": size} | usual
+    meta |= getattr(backbone, "config", {}) | told | per_channel(given or {}, meta["channels"])
+    meta |= {"image_size": image_size} if image_size else {}
+    method = f"{meta['method']} method ({found.naming.name}'s names)" if name == "unknown" else meta["method"]
+    print0(f"pretrained  {path}: {method}, {meta['arch']}{kind}, tensors matched {matched}/{needed}")
+    if not {"mean", "std"} <= (told | (given or {})).keys():
         which = "ImageNet's mean and standard deviation" if meta["channels"] == 3 else "mean 0.5 and deviation 0.25"
-        print0(f"normalised  with {which}: the file does not say")
+        print0(f"normalised  with {which}: the file does not say (--mean, --std)")
     return backbone, meta

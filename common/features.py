@@ -77,8 +77,8 @@ class Features(nn.Module):
 
 
 def usual_interpolation(backbone):
-    """How evaluations of frozen features resize images unless told otherwise: bicubic for ViTs, as the code of DINO and
-    MAE, bilinear for ResNets, as that of MoCo, SwAV and MMSelfSup."""
+    """How evaluations of frozen features resize images unless told otherwise: as most published code, bicubically for a
+    ViT, bilinearly for a ResNet."""
     return "bilinear" if hasattr(backbone, "stages") else "bicubic"
 
 

@@ -1,52 +1,64 @@
 """Published checkpoints: where a file keeps its backbone and under which names, as tables.
 
-A backbone is found in two steps: a layout says which of the file's tensors belong to it, a naming turns their names
-into those used here (ResNet: torchvision's, ViT: timm's). Architecture, width and stem are then read from the shapes.
-Whether all of this was right is decided by the strict comparison in checkpoint.py, not here.
+A backbone is looked for wherever the name of one of its tensors ends a name in the file: what stands before it, the
+dictionaries around it included, is the place. A naming turns the names there into those used here (ResNet:
+torchvision's, ViT: timm's), a layout says whose file has such a place. Architecture, width and stem are then read from
+the shapes. Whether all of this was right is decided by the strict comparison in checkpoint.py, not here.
 """
 
-import argparse
-import pathlib
 import re
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torchvision.models.resnet import Bottleneck
 
 from common import resnet, vit
 
+# What parallel, compiled, sharded and averaged modules put into names, wherever they stand.
+WRAPPERS = "module _module _orig_mod _forward_module _fsdp_wrapped_module _checkpoint_wrapped_module _fpw_module"
+WRAPPERS = rf"(?<![^.])(?:{WRAPPERS.replace(' ', '|')})\."
+
 
 class Layout(NamedTuple):
-    name: str
-    container: str  # the key under which the file keeps the weights; "": the file is the dictionary of weights
-    prefix: str  # of the backbone's tensors; a "module." of the parallel wrapper before it is dropped from all names
-    also: str = ""  # what else the file must hold: one of its keys, or the start of a tensor's name
+    name: str  # of the method; of the library where it has several; "unknown": nothing is known
+    place: str  # pattern of the whole path before the backbone's names, wrappers dropped
+    also: str = ""  # pattern of what else there must be: the start of a key of the file, or of a name beside the place
     heads: tuple = ()  # (dim, attention heads) where the number is not the usual one
     padding: int = 1  # of a 3x3 stem
 
 
-# From the particular to the general: of two complete backbones with equally many tensors the first one is taken.
-# Assumed, because the files do not say it: solo-learn pads its 3x3 stem by 2; only MoCo v3 gives a ViT-S 12 heads.
+# From the particular to the general: the first that fits. Of several complete backbones with equally many tensors the
+# one that stands first here is taken. Assumed, because the files do not say it: solo-learn pads its 3x3 stem by 2; only
+# MoCo v3 gives a ViT-S 12 heads.
 LAYOUTS = (
-    Layout("solo-learn", "state_dict", "backbone.", also="classifier.", padding=2),
-    Layout("solo-learn", "state_dict", "encoder.", also="classifier.", padding=2),
-    Layout("MoCo", "state_dict", "encoder_q."),
-    Layout("MoCo v3", "state_dict", "base_encoder.", heads=(384, 12)),
-    Layout("SimSiam", "state_dict", "encoder.", also="predictor."),
-    Layout("SwAV", "", "", also="prototypes."),
-    Layout("SwAV", "state_dict", "", also="prototypes."),
-    Layout("DirectCLR", "model", "backbone.", also="online_head."),
-    Layout("Barlow Twins", "model", "backbone."),
-    Layout("Feature Transformation", "model", "encoder."),
-    Layout("DINO", "teacher", "backbone."),
-    Layout("MAE", "model", "", also="decoder_embed."),
-    Layout("MMSelfSup, MoCo v3", "state_dict", "backbone.", also="base_encoder.", heads=(384, 12)),
-    Layout("MMSelfSup", "state_dict", "backbone.", also="meta"),
-    Layout("lightly", "state_dict", "backbone."),
-    Layout("lightly", "state_dict", "backbone.vit."),
-    *(Layout("", container, "") for container in ("", "state_dict", "model", "teacher", "network")),
+    Layout("solo-learn", r"state_dict\.(backbone|encoder)\.", "classifier\\.", padding=2),
+    Layout("MoCo", r"state_dict\.encoder_q\."),
+    Layout("MoCo v3", r"state_dict\.base_encoder\.", heads=(384, 12)),
+    Layout("SimSiam", r"state_dict\.encoder\.", "predictor\\."),
+    Layout("SwAV", r"(state_dict\.)?", "prototypes\\."),
+    Layout("NPID", r"(state_dict|net)\.", "lemniscate$"),
+    Layout("DirectCLR", r"model\.backbone\.", "online_head\\."),
+    Layout("Barlow Twins", r"model\.backbone\.", r"bn\.running_mean"),
+    Layout("VICReg", r"model\.backbone\.", r"projector\.0\.bias"),
+    Layout("SCAN", r"(model\.)?backbone\.", r"(cluster|contrastive)_head\."),
+    Layout("PixPro", r"model\.encoder\.", "projector_k\\."),
+    Layout("one of SupCon, SimCLR", r"model\.encoder\.", "opt$"),
+    Layout("one of Feature Transformation, PyContrast", r"model\.encoder\.", "contrast$"),
+    Layout("iBOT", r"teacher\.backbone\.", "ibot_loss$"),
+    Layout("DINOv2", r"teacher\.backbone\.", "dino_head\\."),
+    Layout("DINO", r"teacher\.backbone\."),
+    Layout("EsViT", r"teacher\.", "head_dense\\."),
+    Layout("MAE", r"(model\.)?", "decoder_embed\\."),
+    Layout("OBoW", r"network\.(feature_extractor\.)?(_feature_blocks\.)?"),
+    Layout("VISSL", r"classy_state_dict\.base_model\.model\.trunk\.(_feature_blocks\.)?"),
+    Layout("MMSelfSup, MoCo v3", r"state_dict\.backbone\.", "base_encoder\\.", heads=(384, 12)),
+    Layout("MMSelfSup", r"state_dict\.backbone\.", "meta$"),
+    Layout("lightly", r"state_dict\.backbone\.(vit\.)?", r"(projection|prediction)_head|decoder\.|student_"),
+    Layout("one of DINO, DINOv2, iBOT", r"state_dict\.teacher_backbone\.(vit\.)?", "student_"),
 )
+UNKNOWN = Layout("unknown", ".*")
+# Words of a place that mark a copy: places with none of them come first, then a teacher's.
+COPIES = {"student", "momentum", "ema", "target", "key", "k", "shadow", "old", "average", "averaged"}
 
 
 class Naming(NamedTuple):
@@ -57,11 +69,23 @@ class Naming(NamedTuple):
     stem_relu: bool = True
 
 
+RESNET = {r"\.shortcut\.": ".downsample."}
 # nn.Sequential(*resnet.children()): torchvision's has ReLU and max-pooling at 2 and 3; in lightly's ResNet for small
 # images they are functions, so that such a sequence has lost the ReLU of the stem.
 CHILDREN = {r"^0\.": "conv1.", r"^1\.": "bn1."}
 CHILDREN_TORCHVISION = CHILDREN | {rf"^{i + 3}\.": f"layer{i}." for i in range(1, 5)}
-CHILDREN_LIGHTLY = CHILDREN | {rf"^{i + 1}\.": f"layer{i}." for i in range(1, 5)} | {r"\.shortcut\.": ".downsample."}
+CHILDREN_LIGHTLY = CHILDREN | {rf"^{i + 1}\.": f"layer{i}." for i in range(1, 5)} | RESNET
+CHILDREN_OBOW = {r"^0\.Conv\.": "conv1.", r"^0\.bn\.": "bn1.", r"^([1-4])\.": r"layer\1."}
+RESNET_TRANSFORMERS = {
+    r"^embedder\.embedder\.convolution\.": "conv1.",
+    r"^embedder\.embedder\.normalization\.": "bn1.",
+    **{rf"^encoder\.stages\.{i}\.layers\.": f"layer{i + 1}." for i in range(4)},
+    **{rf"\.layer\.{i}\.convolution\.": f".conv{i + 1}." for i in range(3)},
+    **{rf"\.layer\.{i}\.normalization\.": f".bn{i + 1}." for i in range(3)},
+    r"\.shortcut\.convolution\.": ".downsample.0.",
+    r"\.shortcut\.normalization\.": ".downsample.1.",
+}
+VIT_CHUNKS = {r"^blocks\.\d+\.(\d+)\.": r"blocks.\1."}
 VIT_MMCLS = {
     r"^patch_embed\.projection\.": "patch_embed.proj.",
     r"^ln1\.": "norm.",
@@ -82,18 +106,46 @@ VIT_TORCHVISION = {
     r"\.mlp\.(0|linear_1)\.": ".mlp.fc1.",  # linear_1, linear_2: torchvision's first version of this network
     r"\.mlp\.(3|linear_2)\.": ".mlp.fc2.",
 }
+VIT_TRANSFORMERS = {  # the names in its files, and those in its networks since version 5
+    r"^embeddings\.patch_embeddings\.projection\.": "patch_embed.proj.",
+    r"^embeddings\.position_embeddings$": "pos_embed",
+    r"^embeddings\.": "",
+    r"^layernorm\.": "norm.",
+    r"^(encoder\.)?layers?\.": "blocks.",
+    r"\.attention\.(attention\.)?([qkv])(uery|ey|alue|_proj)\.": r".attn.\2.",
+    r"\.attention\.(output\.dense|o_proj)\.": ".attn.proj.",
+    r"\.layernorm_before\.": ".norm1.",
+    r"\.layernorm_after\.": ".norm2.",
+    r"\.intermediate\.dense\.": ".mlp.fc1.",
+    r"\.output\.dense\.": ".mlp.fc2.",
+    r"\.layer_scale(\d)\.lambda1$": r".ls\1.gamma",
+}
 NAMINGS = (
-    Naming("torchvision", "resnet", "layer1.0.conv1.weight", {}),
-    Naming("torchvision", "resnet", "conv1.weight", {}),
+    Naming("torchvision", "resnet", "layer1.0.conv1.weight", RESNET),
     Naming("children of torchvision's", "resnet", "7.0.conv1.weight", CHILDREN_TORCHVISION),
+    Naming("blocks of OBoW's", "resnet", "1.0.conv1.weight", CHILDREN_OBOW),
     Naming("children of lightly's", "resnet", "2.0.conv1.weight", CHILDREN_LIGHTLY, stem_relu=False),
+    Naming("transformers", "resnet", "encoder.stages.0.layers.0.layer.0.convolution.weight", RESNET_TRANSFORMERS),
     Naming("timm", "vit", "blocks.0.attn.qkv.weight", {}),
+    Naming("DINOv2", "vit", "blocks.0.0.attn.qkv.weight", VIT_CHUNKS),
     Naming("mmcls", "vit", "layers.0.attn.qkv.weight", VIT_MMCLS),
     Naming("torchvision", "vit", "encoder.layers.encoder_layer_0.self_attention.in_proj_weight", VIT_TORCHVISION),
+    Naming("transformers", "vit", "embeddings.patch_embeddings.projection.weight", VIT_TRANSFORMERS),
 )
 
 # Tensors beside the backbone that no evaluation needs. Others that are left over change what the network computes.
-HEADS = r"(fc|heads?|classifier|projector|predictor|projection_head|prototypes|pre_logits)\.|mask_token$|decoder_"
+HEADS = (
+    r"fc\d?|linear|(\w+_)?heads?(_\w+)?|classifier|projector|predictor|prototypes|pre_logits|pooler|decoder|sobel_layer"
+)
+HEADS = rf"({HEADS})\.|mask(ed)?_(token|embed)$|decoder_|n_averaged$"
+# What transformers can also build with the same names: the settings of config.json that give the networks built here.
+CONFIG = {"vit": {"hidden_act": "gelu"}, "resnet": {"hidden_act": "relu", "downsample_in_bottleneck": False}}
+
+
+# Grey and its two derivatives (Sobel) of a colour image, as one convolution: what a first layer of 2 channels sees.
+EDGES = torch.tensor([[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]])
+EDGES = torch.stack([EDGES, EDGES.T])[:, None].repeat(1, 3, 1, 1) / 3
+FIXED = {"sincos-xy": "MAE", "sincos-yx": "MoCo v3"}  # whose positions these are, if nothing else is known
 
 
 class Found(NamedTuple):
@@ -102,72 +154,110 @@ class Found(NamedTuple):
     name: str
     family: str
     weights: dict
+    place: str  # path and prefix of its tensors in the file, which ends with a dot unless it is ""
+    naming: Naming
     layout: Layout
-    stem_relu: bool
     total: int  # numbers in the network that it is part of: with heads, momentum copies, queues
-    meta: dict  # what our own files say; {} for others
+    meta: dict  # what our own files say, and a config.json; {} for others
 
 
-def harmless_types():
-    """What published files hold beside tensors and what can do nothing but store values: arguments, paths, numbers."""
-    types = [argparse.Namespace, np.dtype, *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}]
-    scalar = np.float64(0).__reduce__()[0]
-    types += [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
-    for module in ("pathlib", "pathlib._local"):  # the second name is that of Python 3.13
-        for name in ("Posix", "PurePosix", "Windows", "PureWindows"):
-            kind = pathlib.PureWindowsPath if "Windows" in name else pathlib.PurePosixPath
-            types.append((kind, f"{module}.{name}Path"))
-    return types
-
-
-def _tensors(state, container):
-    """The tensors of a container, without "module."."""
-    part = state.get(container) if container else state
-    if not isinstance(part, dict):
-        return {}
-    return {k.removeprefix("module."): v for k, v in part.items() if isinstance(k, str) and isinstance(v, torch.Tensor)}
-
-
-def _own(state):
-    """Our backbone.pt or last.pt: a Found, or None for any other file."""
-    meta = state.get("meta")
-    container = "backbone" if "backbone" in state else "model" if "backbone_prefix" in state else None
-    if container is None or not isinstance(meta, dict):
-        return None
-    prefix = "" if container == "backbone" else str(state["backbone_prefix"])
-    tensors = _tensors(state, container)
-    weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    family = "vit" if str(meta.get("arch")) in vit.ARCHS else "resnet"
-    return Found("unknown", family, weights, Layout("", container, prefix), True, _total(tensors), meta)
+def containers(state):
+    """The dictionaries in a file that hold tensors: {path: {name: tensor}}, without the names of wrappers."""
+    found, rest, seen = {}, [("", state)], set()
+    while rest:
+        path, part = rest.pop(0)
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        for key, value in part.items():
+            name = re.sub(WRAPPERS, "", f"{key}.")
+            if isinstance(value, dict):
+                rest.append((path + name, value))
+            elif isinstance(value, torch.Tensor):
+                found.setdefault(path, {})[name.removesuffix(".")] = value
+    return found
 
 
 def _total(tensors):
     return sum(v.numel() for v in tensors.values() if v.is_floating_point())
 
 
-def candidates(state):
-    """All backbones in the dictionary of a file, as Found: the one of our own files, or those of the layouts above."""
-    if own := _own(state):
+def _own(state):
+    """Our backbone.pt or last.pt: a Found, or None for any other file."""
+    meta = state.get("meta")
+    place = "backbone." if "backbone" in state else "model." if "backbone_prefix" in state else None
+    if place is None or not isinstance(meta, dict):
+        return None
+    prefix, tensors = str(state.get("backbone_prefix", "")), containers(state).get(place, {})
+    weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    family = "vit" if str(meta.get("arch")) in vit.ARCHS else "resnet"
+    return Found("unknown", family, weights, place + prefix, NAMINGS[0], UNKNOWN, _total(tensors), meta)
+
+
+def _told(state):
+    """What the config.json of other projects says: number of heads, mean and standard deviation of the images."""
+    config = state.get("config.json", {})
+    more = config.get("pretrained_cfg")
+    told = {k: v for k, v in (more if isinstance(more, dict) else {}).items() if k in ("mean", "std")}
+    told |= {k: config[f"image_{k}"] for k in ("mean", "std") if f"image_{k}" in config}
+    told = {k: v for k, v in told.items() if isinstance(v, list) and all(isinstance(x, (int, float)) for x in v)}
+    heads = config.get("num_attention_heads")
+    return told | ({"heads": heads} if isinstance(heads, int) and heads > 0 else {})
+
+
+def candidates(state, key=None):
+    """All backbones in the dictionary of a file, as Found, the most probable first: the one of our own files, or those
+    of any file; with a key those whose path in the file has this part."""
+    own, found = _own(state), []
+    if own and not key:
         return [own]
-    found, seen = [], set()
-    for layout in LAYOUTS:
-        tensors, place = _tensors(state, layout.container), (layout.container, layout.prefix)
-        named = layout.also in state or any(k.startswith(layout.also) for k in tensors)
-        if not named or place in seen:
-            continue
-        part = {k.removeprefix(layout.prefix): v for k, v in tensors.items() if k.startswith(layout.prefix)}
-        naming = next((n for n in NAMINGS if n.mark in part), None)
-        if naming:
-            seen.add(place)
-            name, weights = layout.name or naming.name, _renamed(part, naming.renames)
-            found.append(Found(name, naming.family, weights, layout, naming.stem_relu, _total(tensors), {}))
-    return found
+    for container, tensors in containers(state).items():
+        places = {}
+        for naming, name in ((naming, name) for naming in NAMINGS for name in tensors):
+            if f".{name}".endswith(f".{naming.mark}"):
+                places.setdefault(name.removesuffix(naming.mark), naming)
+        for prefix, naming in places.items():
+            place = container + prefix
+            if key and f".{key}." not in f".{place}":
+                continue
+            number, layout = next(
+                pair for pair in enumerate((*LAYOUTS, UNKNOWN)) if _fits(pair[1], place, state, tensors)
+            )
+            part = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            weights, name = _renamed(part, naming.renames), layout.name
+            if naming.family == "vit" and not weights.keys() & {"cls_token", "pos_embed", "patch_embed.proj.weight"}:
+                continue  # a stage of another network
+            if _reads_edges(weights):
+                weights, name = weights | {"input_filter": EDGES}, "DeepCluster"
+            meta, words = own.meta if own else _told(state), set(re.split("[._]", place))
+            entry = Found(name, naming.family, weights, place, naming, layout, _total(tensors), meta)
+            found.append(((number, 2 * bool(words & COPIES) or int("teacher" in words), len(place)), entry))
+    return [entry for _, entry in sorted(found, key=lambda pair: pair[0])]
+
+
+def _fits(layout, place, state, tensors):
+    """Is this the layout of a place? What else must be there may be a key of the file."""
+    if not re.fullmatch(layout.place, place):
+        return False
+    return not layout.also or any(re.match(layout.also, str(k)) for part in (state, tensors) for k in part)
 
 
 def _renamed(weights, renames):
     for pattern, replacement in renames.items():
         weights = {re.sub(pattern, replacement, name): value for name, value in weights.items()}
-    return {name: value for name, value in weights.items() if not re.match(HEADS, name)}
+    weights = {name: value for name, value in weights.items() if not re.match(HEADS, name)}
+    for name in [name for name in weights if ".attn.q." in name]:  # queries, keys and values are one layer here
+        parts = [weights.get(name.replace(".attn.q.", f".attn.{part}.")) for part in "qkv"]
+        if all(part is not None and part.shape == parts[0].shape and part.ndim for part in parts):
+            weights = {k: v for k, v in weights.items() if not any(v is part for part in parts)}
+            weights[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
+    return weights
+
+
+def _reads_edges(weights):
+    """Does this network of others read two channels, but not have the filter that makes them of a colour image?"""
+    stem = weights.get("conv1.weight")
+    return stem is not None and stem.ndim == 4 and stem.shape[1] == 2 and "input_filter" not in weights
 
 
 # ------------------------------------------------------------------------------------------------------ shapes
@@ -188,10 +278,8 @@ def resnet_shape(weights):
 
     stem = _shaped(weights, "conv1.weight", 64, 3, 7, 7)
     inputs = _shaped(weights, "input_filter", 2, 3, 3, 3) if "input_filter" in weights else stem
-    # 2 in a foreign file: edges (Sobel) of colour images, made by a filter that the file does not have
-    channels = 3 if inputs.shape[1] == 2 else inputs.shape[1]
-    small = stem.shape[-1] == 3
-    return {"arch": min(resnet.ARCHS, key=distance), "width": len(stem) / 64, "small": small, "channels": channels}
+    told = {"arch": min(resnet.ARCHS, key=distance), "width": len(stem) / 64, "small": stem.shape[-1] == 3}
+    return told | {"channels": inputs.shape[1], "filtered": "input_filter" in weights}
 
 
 def vit_shape(weights, heads=(), arch=None):
@@ -200,7 +288,8 @@ def vit_shape(weights, heads=(), arch=None):
     They do not tell the number of heads. heads: (dim, heads) where the layout knows it, else the usual one of the
     dimension is taken, or that of arch if no architecture has this dimension; None if nothing helps.
     """
-    proj = _shaped(weights, "patch_embed.proj.weight", 768, 3, 16, 16)
+    dim = _shaped(weights, "cls_token", 1, 1, 768).shape[2]
+    proj = _shaped(weights, "patch_embed.proj.weight", dim, 3, 16, 16)
     table = _shaped(weights, "pos_embed", 1, 197, len(proj))
     dim, patch = len(proj), proj.shape[-1]
     name = next((name for name, row in vit.ARCHS.items() if row[0] == dim), arch if arch in vit.ARCHS else "vit_tiny")
@@ -224,7 +313,7 @@ def vit_shape(weights, heads=(), arch=None):
 
 def _positions(table, dim, side):
     """Which of the two fixed position tables this is; "learned" if neither."""
-    for order in ("xy", "yx") if table.shape[1] == 1 + side * side and dim % 4 == 0 else ():
+    for order in ("xy", "yx") if table.shape[1:] == (1 + side * side, dim) and dim % 4 == 0 else ():
         if torch.allclose(table[0, 1:].double(), vit.sincos(dim, (side, side), order), atol=1e-3):
             return f"sincos-{order}"
     return "learned"

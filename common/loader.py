@@ -1,23 +1,21 @@
 """A loader whose batches depend on (seed, epoch, step) and nothing else.
 
-It decodes and crops in threads (decoding and resizing release the interpreter lock) into uint8 batches a few steps
-ahead; the rest of the augmentation runs in batch on the device when a script asks for `batch.views()`.
+A process of its own decodes and crops, in threads (decoding and resizing release Python's lock), into uint8 batches a
+few steps ahead; the rest of the augmentation runs in batch on the device when a script asks for `batch.views()`.
 """
 
 import collections
-import concurrent.futures
 import dataclasses
 import functools
-import itertools
+import math
 import sys
-import threading
 import time
-import types
+import weakref
 
 import numpy as np
 import torch
 
-from common import rng
+from common import process, rng
 from common.args import fail
 from common.augment import DRAWS, EvalView, augment, to_device
 from common.datasets import evenly_spaced, in_memory
@@ -26,6 +24,7 @@ from common.images import BadImage, to_tensor
 
 REPORTED = set()  # files whose names have been reported, by whichever loader
 AHEAD = 2  # batches prepared in advance; with the one in use, three exist at a time
+FEW = 8  # batches for which no process is started
 
 
 @dataclasses.dataclass
@@ -91,7 +90,7 @@ class Loader:
         self.batch_size, self.local = batch_size, batch_size // (world_size() * accum)
         self.epoch_steps, self.streams = len(dataset) // batch_size, streams or range(len(self.specs))
         self.dtype = dtype or torch.float32
-        self.pool = Pool(dataset, self.specs, device, workers, max_bad)
+        self.pool = Pool(dataset, self.specs, self.local, device, workers, max_bad)
 
     @property
     def waited(self):
@@ -138,7 +137,8 @@ def crop_batches(dataset, view, indices, batch_size, device="cpu", workers=4, ma
     """The crops of a view without random numbers: yields ([uint8 (B, C, S, S)], sizes, labels, indices)."""
     parts = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
     jobs = ((part, np.zeros((1, len(part), 0))) for part in parts)
-    for crops, sizes, labels, part, _ in Pool(dataset, (view,), device, workers, max_bad).run(jobs):
+    pool = Pool(dataset, (view,), batch_size, device, workers, max_bad, len(parts))
+    for crops, sizes, labels, part, _ in pool.run(jobs):
         yield crops, sizes, labels, part
 
 
@@ -180,26 +180,30 @@ def adapt_views(specs, dataset, stats=None, workers=4):
 
 
 class Pool:
-    """Threads that fill batches in host memory; workers = 0 does the same in the calling thread. A small set that is
-    held in memory is kept on a CUDA device as a whole instead, and its batches are cropped there."""
+    """Fills batches in host memory ahead of their use, in a process of its own (common/process.py). A few batches are
+    not worth one: threads fill them. workers = 0 does it in the calling thread.
 
-    def __init__(self, dataset, specs, device, workers, max_bad):
+    A small set that is held in memory is kept on a CUDA device as a whole instead, and its batches are cropped there.
+    """
+
+    def __init__(self, dataset, specs, batch, device, workers, max_bad, batches=math.inf):
         self.dataset, self.specs, self.device, self.max_bad = dataset, specs, torch.device(device), max_bad
-        self.channels, self.dtype = getattr(dataset, "channels", 3), getattr(dataset, "dtype", torch.uint8)
-        self.pinned = self.device.type == "cuda"
-        self.workers, self.bad, self.lock, self.waited = workers, set(), threading.Lock(), 0.0
-        torch.get_num_threads()  # fixes this thread's number before the loading threads set theirs to one
-        alone = {"initializer": torch.set_num_threads, "initargs": (1,)}  # more threads in an operator are in the way
-        self.threads = concurrent.futures.ThreadPoolExecutor(workers, **alone) if workers else None
+        self.bad, self.waited = set(), 0.0
+        torch.get_num_threads()  # fixes this thread's number before loading threads set theirs to one
         self.resident = resident(dataset, self.device) if all(spec.batched for spec in specs) else None
         if self.resident is not None:
             labels = np.full(len(dataset), -1) if dataset.labels is None else dataset.labels
             self.labels = torch.from_numpy(labels).to(self.device)
+            return
+        self.slots = [_Slot(min(batch, len(dataset)), specs, dataset, self.device) for _ in range(AHEAD + 1)]
+        fill = functools.partial(_fill, self.slots, dataset, specs, max_bad)
+        own = workers and batches > FEW and process.POSSIBLE
+        self.filler = (process.Process if own else process.Threads)(fill, workers)
 
     def run(self, jobs):
-        """jobs: (indices (B,), draws (V, B, n)) each, the first B the largest. Yields (crops per view on the device,
-        sizes (B, 2) of the images, labels, indices, draws). Buffers are used again, on CUDA after they were copied."""
-        return self._loaded(jobs) if self.resident is None else self._resident(jobs)
+        """jobs: (indices (B,), draws (V, B, n)) each. Yields (crops per view on the device, sizes (B, 2) of the images,
+        labels, indices, draws). Buffers are used again; on CUDA only after the copy to the device has been made."""
+        return self._resident(jobs) if self.resident is not None else self._loaded(iter(jobs))
 
     def _resident(self, jobs):
         for indices, draws in jobs:
@@ -209,81 +213,80 @@ class Pool:
             yield crops, np.tile(images.shape[1:3], (len(indices), 1)), self.labels[rows], indices, draws
 
     def _loaded(self, jobs):
-        free, queue, ahead = [], collections.deque(), AHEAD if self.threads else 0
+        free, queue = collections.deque(range(len(self.slots))), collections.deque()
+
+        def submit():
+            for indices, draws in jobs:
+                number = free.popleft()
+                self.slots[number].wait()
+                queue.append((number, indices, draws))
+                self.filler.submit(*queue[-1])
+                return
+
         try:
-            for job in itertools.chain(jobs, [None] * ahead):
-                if job:
-                    slot = free.pop() if free else self._slot(len(job[0]))
-                    queue.append((*job, slot, self._start(slot, *job)))
-                if len(queue) <= (ahead if job else 0):
-                    continue
-                indices, draws, slot, futures = queue[0]
+            for _ in range(AHEAD):
+                submit()
+            while queue:
                 clock = time.perf_counter()
-                for future in futures:
-                    future.result() if self.threads else future()
+                for index, error in self.filler.result():
+                    self._report(index, error)
                 self.waited += time.perf_counter() - clock
-                queue.popleft()
-                crops = [b[: len(indices)].to(self.device, non_blocking=True).permute(0, 3, 1, 2) for b in slot.images]
-                labels = slot.labels[: len(indices)].to(self.device, non_blocking=True, copy=True)
-                if self.pinned:
-                    slot.copied = torch.cuda.Event()
-                    slot.copied.record()
-                yield crops, slot.sizes[: len(indices)].copy(), labels, indices, draws
-                free.append(slot)
-        except TooManyBad as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)  # from whichever process met it
-            raise SystemExit(2) from None
+                number, indices, draws = queue.popleft()
+                submit()
+                slot, n = self.slots[number], len(indices)
+                crops = [b[:n].to(self.device, non_blocking=True).permute(0, 3, 1, 2) for b in slot.images]
+                labels = slot.labels[:n].to(self.device, non_blocking=True, copy=True)
+                slot.mark()
+                yield crops, slot.sizes[:n].numpy().copy(), labels, indices, draws
+                free.append(number)
+        except (TooManyBad, process.Died) as error:  # from whichever training process met it
+            code, text = 2, error
+            if isinstance(error, process.Died):
+                cause = "memory ran out (lower --workers or --batch-size), or a decoder crashed"
+                code, text = 1, f"the loading process {error}: {cause}. The same command continues from the last save"
+            print(f"error: {text}", file=sys.stderr, flush=True)
+            raise SystemExit(code) from None
         finally:  # after an error, or when the caller has seen enough
-            for *_, futures in queue:
-                [future.cancel() for future in futures if self.threads]
-
-    def _slot(self, n):
-        """The buffers of one batch of at most n samples."""
-        shapes = [(n, spec.size, spec.size, self.channels) for spec in self.specs]
-        images = [torch.empty(shape, dtype=self.dtype, pin_memory=self.pinned) for shape in shapes]
-        labels = torch.empty(n, dtype=torch.int64, pin_memory=self.pinned)
-        return types.SimpleNamespace(images=images, labels=labels, sizes=np.empty((n, 2), np.int64), copied=None)
-
-    def _start(self, slot, indices, draws):
-        """Begins to fill a slot: a list of futures, or of what the calling thread has to do."""
-        if slot.copied is not None:
-            slot.copied.synchronize()
-        chunk = max(1, min(8, len(indices) // max(1, self.workers)))
-        parts = [range(i, min(i + chunk, len(indices))) for i in range(0, len(indices), chunk)]
-        start = self.threads.submit if self.threads else functools.partial
-        return [start(self._fill, slot, indices, draws, part) for part in parts]
-
-    def _fill(self, slot, indices, draws, rows):
-        for row in rows:
-            image, label = self._load(int(indices[row]))
-            slot.labels[row], slot.sizes[row] = label, image.shape[1:]
-            for crops, spec, u in zip(slot.images, self.specs, draws, strict=True):
-                crops[row].copy_(spec.crop(image, u[row]).permute(1, 2, 0))
-
-    def _load(self, index):
-        """Sample `index`, or the next one that can be decoded; stops the run after max_bad bad images."""
-        for offset in range(len(self.dataset)):
-            try:
-                image, label = self.dataset[(index + offset) % len(self.dataset)]
-                return (image if isinstance(image, torch.Tensor) else to_tensor(image, self.channels)), label
-            except BadImage as error:
-                self._report((index + offset) % len(self.dataset), error)
-        raise TooManyBad("no image can be decoded")
+            self.filler.drop()
 
     def _report(self, index, error):
-        with self.lock:
-            if index in self.bad:
-                return
-            self.bad.add(index)
-            if len(self.bad) > self.max_bad:
-                raise TooManyBad(f"more than --max-bad {self.max_bad} images cannot be decoded, the last: {error}")
-            if str(error) not in REPORTED:
-                REPORTED.add(str(error))
-                sys.stderr.write(f"warning: cannot decode {error}; its neighbour is used instead\n")
+        """Names a file that cannot be decoded, once; stops the run after max_bad of them."""
+        if index in self.bad:
+            return
+        self.bad.add(index)
+        if len(self.bad) > self.max_bad:
+            raise TooManyBad(f"more than --max-bad {self.max_bad} images cannot be decoded, the last: {error}")
+        if error not in REPORTED:
+            REPORTED.add(error)
+            sys.stderr.write(f"warning: cannot decode {error}; its neighbour is used instead\n")
+        if len(self.bad) == len(self.dataset):
+            raise TooManyBad("no image can be decoded")
 
 
 class TooManyBad(Exception):
     """More undecodable images than allowed."""
+
+
+def _fill(slots, dataset, specs, max_bad, number, indices, draws, rows):
+    """Decodes and crops the samples of some rows of a batch into a slot; in the place of one that cannot be decoded
+    comes the next one that can. Returns (index, error) of each of the former."""
+    slot, bad = slots[number], []
+    for row in rows:
+        for offset in range(min(max_bad + 1, len(dataset))):
+            index = (int(indices[row]) + offset) % len(dataset)
+            try:
+                image, label = dataset[index]
+                break
+            except BadImage as error:
+                bad.append((index, str(error)))
+        else:
+            return bad  # too many
+        image = image if isinstance(image, torch.Tensor) else to_tensor(image, getattr(dataset, "channels", 3))
+        slot.labels[row] = label
+        slot.sizes[row, 0], slot.sizes[row, 1] = image.shape[1:]
+        for crops, spec, u in zip(slot.images, specs, draws, strict=True):
+            crops[row].copy_(spec.crop(image, u[row]).permute(1, 2, 0))
+    return bad
 
 
 def resident(dataset, device):
@@ -292,3 +295,32 @@ def resident(dataset, device):
     if images is None or 4 * images.nbytes > torch.cuda.mem_get_info(device)[0]:
         return None
     return torch.from_numpy(images).to(device)
+
+
+class _Slot:
+    """The buffers of one batch of n samples, which a loading process shares."""
+
+    def __init__(self, n, specs, dataset, device):
+        channels, dtype = getattr(dataset, "channels", 3), getattr(dataset, "dtype", torch.uint8)
+        self.images = [process.shared((n, spec.size, spec.size, channels), dtype) for spec in specs]
+        self.labels, self.sizes = (process.shared(shape, torch.int64) for shape in ((n,), (n, 2)))
+        self.copied = torch.cuda.Event() if device.type == "cuda" else None
+        if self.copied:
+            _pin(self, [*self.images, self.labels])
+
+    def mark(self):
+        if self.copied:
+            self.copied.record()
+
+    def wait(self):
+        """For the copy to the device that was last begun."""
+        if self.copied:
+            self.copied.synchronize()
+
+
+def _pin(owner, buffers):
+    """Pins host memory for as long as its owner lives: else a copy to the device would wait."""
+    cuda = torch.cuda.cudart()
+    for buffer in buffers:
+        cuda.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)
+        weakref.finalize(owner, cuda.cudaHostUnregister, buffer.data_ptr()).atexit = False

@@ -244,7 +244,7 @@ def report(args, name, result):
         line = json.dumps(entry | {"result": result}) + "\n"
         with open(out / "evaluations.jsonl", "ab", buffering=0) as file:  # in one piece: several may end at once
             file.write(line.encode())
-        print(f"results     {out}/eval_{name}.json; those of earlier evaluations, too: {out}/evaluations.jsonl")
+        print(f"results     {out}/eval_{name}.json, and with all earlier ones {out}/evaluations.jsonl")
         if "note" in result:
             print(f"note        {result['note']}")
         print(json.dumps(result), flush=True)

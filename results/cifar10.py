@@ -39,7 +39,7 @@ RECIPES = {
     # none published
     "deepcluster": "--batch-size 256 --clusters 200",
     "odc": "--clusters 200 --lr 0.06",
-    "relative_loc": "--weight-decay 5e-4 --hidden-dim 512",
+    "relative_loc": "--image-size 28 --weight-decay 5e-4 --hidden-dim 512",
     "mae": "--arch vit_tiny --patch-size 4 --decoder-dim 192 --decoder-depth 4 --decoder-heads 3 --lr 6e-4",
 }
 # What others publish for a ResNet-18. lightly: k-NN (k = 200), best of all epochs, at 200 epochs with batch 128 and 512

@@ -36,7 +36,7 @@ RECIPES = {
     "npid": "--full-softmax --temperature 0.1 --lr 0.06 --weight-decay 5e-4 --bank-momentum 0.9 --crop-min 0.3",
     "mocov3": "--lr 16 --warmup-epochs 1 --temperature 0.2 --hidden-dim 512",
     "rotation_pred": "--lr 0.4 --weight-decay 5e-4 --nesterov --warmup-epochs 1 --milestones 5 9 12 --decay 0.2",
-    "relative_loc": "--lr 0.4 --weight-decay 5e-4 --hidden-dim 512 --warmup-epochs 1",
+    "relative_loc": "--image-size 28 --lr 0.4 --weight-decay 5e-4 --hidden-dim 512 --warmup-epochs 1",
     "mae": "--arch vit_tiny --width 0.5 --depth 6 --patch-size 4 --decoder-dim 64 --decoder-depth 2 --decoder-heads 4"
     " --lr 4e-3 --warmup-epochs 2 --pictures-every 5",
 }

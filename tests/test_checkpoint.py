@@ -34,6 +34,8 @@ STEM = lively(resnet("resnet18", 0.125, 32))
 NO_RELU = copy.deepcopy(STEM)
 NO_RELU.relu = nn.Identity()  # what nn.Sequential(*children) leaves of lightly's ResNet, whose ReLU is a function
 VIT = lively(vit("vit_tiny", 32, patch_size=8, depth=2))
+LEARNED = lively(vit("vit_tiny", 32, patch_size=8, depth=2, positions="learned"))
+SCALED = lively(vit("vit_tiny", 32, patch_size=8, depth=2, positions="learned", layer_scale=0.1))
 SMALL = lively(ViT(384, 1, 12, 8, 32, "sincos-yx"))
 IMAGES, LARGER = (torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(1)) for size in (32, 48))
 
@@ -62,6 +64,10 @@ def refused(capsys, path, content=None, **flags):
 def under(prefix, network, change=0.0):
     """The network's tensors with a prefix; a changed copy is what must not be taken for it."""
     return {prefix + k: v + change if v.is_floating_point() else v for k, v in network.state_dict().items()}
+
+
+def changed(weights):
+    return {k: v + 1 if v.is_floating_point() else v for k, v in weights.items()}
 
 
 def head(*names):
@@ -97,6 +103,50 @@ def lightly(network):
     return renamed(prefixed("^", children(network)), *stages, ("downsample", "shortcut"), ("^", ""))
 
 
+def obow(network):
+    """Its blocks by number: the stem's parts have names, the stages do not."""
+    stages = [(f"^layer{i}.", f"{i}.") for i in range(1, 5)]
+    return renamed(under("^", network), *stages, ("^conv1.", "0.Conv."), ("^bn1.", "0.bn."), ("^", ""))
+
+
+def transformers(network, new=False):
+    """Names of transformers: in its files, and in its networks since version 5 (new)."""
+    if hasattr(network, "conv1"):
+        pairs = [(f"^layer{i}.", f"encoder.stages.{i - 1}.layers.") for i in range(1, 5)]
+        pairs += [("^conv1.", "embedder.embedder.convolution."), ("^bn1.", "embedder.embedder.normalization.")]
+        pairs += [(f".conv{i}.", f".layer.{i - 1}.convolution.") for i in (1, 2, 3)]
+        pairs += [(f".bn{i}.", f".layer.{i - 1}.normalization.") for i in (1, 2, 3)]
+        pairs += [("downsample.0", "shortcut.convolution"), ("downsample.1", "shortcut.normalization"), ("^", "")]
+        return renamed(under("^", network), *pairs)
+    query, proj = (
+        ("attention.{}_proj", "attention.o_proj") if new else ("attention.attention.{}", "attention.output.dense")
+    )
+    pairs = [("^patch_embed.proj.", "embeddings.patch_embeddings.projection."), ("^norm.", "layernorm.")]
+    pairs += [
+        ("^pos_embed", "embeddings.position_embeddings"),
+        ("^cls_token", "embeddings.cls_token"),
+        ("attn.proj", proj),
+    ]
+    pairs += [("^blocks.", "^layers." if new else "^encoder.layer."), (".norm1.", ".layernorm_before.")]
+    pairs += [
+        (".norm2.", ".layernorm_after."),
+        (".ls1.gamma", ".layer_scale1.lambda1"),
+        (".ls2.gamma", ".layer_scale2.lambda1"),
+    ]
+    pairs += [] if new else [("mlp.fc1", "intermediate.dense"), ("mlp.fc2", "output.dense")]
+    result = {}
+    for name, value in renamed(under("^", network), *pairs, ("^", "")).items():
+        for part, third in zip(("query", "key", "value"), value.chunk(3) if "qkv" in name else [], strict=False):
+            result[name.replace("attn.qkv", query.format(part[0] if new else part))] = third
+        result |= {} if "qkv" in name else {name: value}
+    return result
+
+
+def inside(word, weights):
+    """A word of a wrapper after the first part of every name."""
+    return {name.replace(".", f".{word}.", 1): value for name, value in weights.items()}
+
+
 LIGHTNING = {
     "epoch": 1,
     "global_step": 2,
@@ -107,6 +157,8 @@ LIGHTNING = {
 ARGS = argparse.Namespace(lr=np.float64(0.1), out=Path("a/b"), flag=np.bool_(True), n=np.int64(3))
 
 # name of the layout in the printed line, the network, and a file as its authors write it
+TORCHVISION, TIMM = "unknown method (torchvision's names)", "unknown method (timm's names)"
+TRANSFORMERS = "unknown method (transformers's names)"
 FILES = {
     "moco": ("MoCo", RESNET, {"epoch": 200, "arch": "resnet50", "optimizer": {"state": {}}, "state_dict":
         under("module.encoder_q.", RESNET) | under("module.encoder_k.", RESNET, 1.0)
@@ -124,19 +176,50 @@ FILES = {
     "swav flat": ("SwAV", BASIC, under("", BASIC) | head("projection_head.0.weight", "prototypes.weight")),
     "swav training": ("SwAV", BASIC,
         {"state_dict": under("module.", BASIC) | head("module.prototypes.weight"), "epoch": 3}),
+    "npid": ("NPID", BASIC, {"epoch": 1, "lemniscate": {}, "state_dict":
+        under("module.", BASIC) | head("module.fc.weight")}),
+    "npid cifar": ("NPID", STEM, {"lemniscate": {}, "acc": 1.0, "net":
+        renamed(under("module.", STEM), ("downsample", "shortcut")) | head("module.linear.weight")}),
     "barlowtwins": ("Barlow Twins", BASIC, {"epoch": 1, "optimizer": {}, "model":
         under("module.backbone.", BASIC) | head("module.projector.0.weight", "module.bn.running_mean")}),
+    "vicreg": ("VICReg", BASIC, {"epoch": 1, "optimizer": {}, "model":
+        under("module.backbone.", BASIC) | head("module.projector.0.weight", "module.projector.0.bias")}),
+    "scan pretext": ("SCAN", STEM,
+        renamed(under("backbone.", STEM), ("downsample", "shortcut")) | head("contrastive_head.0.weight")),
+    "scan": ("SCAN", STEM, {"head": 0, "model":
+        renamed(under("backbone.", STEM), ("downsample", "shortcut")) | head("cluster_head.0.weight")}),
     "directclr": ("DirectCLR", BASIC, {"model":
         under("module.backbone.", BASIC) | head("module.online_head.weight")}),
-    "feature transformation": ("Feature Transformation", BASIC, {"model_ema": under("encoder.", BASIC, 1.0), "model":
+    "feature transformation": ("one of Feature Transformation, PyContrast", BASIC,
+        {"model_ema": under("encoder.", BASIC, 1.0), "contrast": head("memory"), "model":
         under("module.encoder.", BASIC) | head("module.head.0.weight")}),
-    "dino backbone": ("timm", VIT, under("", VIT)),
-    "dino full": ("DINO", VIT, {"args": ARGS, "epoch": 1, "dino_loss": head("center"),
-        "student": under("module.backbone.", VIT, 1.0) | head("module.head.mlp.0.weight"),
-        "teacher": under("backbone.", VIT) | head("head.mlp.0.weight", "head.last_layer.weight_g")}),
+    "pixpro": ("PixPro", RESNET, {"optimizer": {}, "model":
+        under("module.encoder.", RESNET) | under("module.encoder_k.", RESNET, 1.0)
+        | head("module.projector.linear1.weight", "module.projector_k.linear1.weight")}),
+    "supcontrast": ("one of SupCon, SimCLR", STEM, {"opt": ARGS, "model":
+        renamed(under("encoder.module.", STEM), ("downsample", "shortcut")) | head("head.0.weight")}),
+    "dino backbone": (TIMM, LEARNED, under("", LEARNED)),
+    "dino full": ("DINO", LEARNED, {"args": ARGS, "epoch": 1, "dino_loss": head("center"),
+        "student": under("module.backbone.", LEARNED, 1.0) | head("module.head.mlp.0.weight"),
+        "teacher": under("backbone.", LEARNED) | head("head.mlp.0.weight", "head.last_layer.weight_g")}),
     "dino full resnet": ("DINO", BASIC, {"args": ARGS,
         "student": under("module.backbone.", BASIC, 1.0), "teacher": under("module.backbone.", BASIC)}),
-    "mae": ("timm", VIT, {"model": under("", VIT)}),
+    "ibot": ("iBOT", LEARNED, {"ibot_loss": head("center"),
+        "student": under("module.backbone.", LEARNED, 1.0) | head("module.backbone.masked_embed"),
+        "teacher": under("backbone.", LEARNED) | head("head.mlp.0.weight")}),
+    "dinov2": ("DINOv2", SCALED, {"teacher": renamed(under("backbone.", SCALED), ("blocks.", "blocks.0."))
+        | head("backbone.mask_token", "dino_head.mlp.0.weight", "ibot_head.mlp.0.weight")}),
+    "dinov2 backbone": (TIMM, SCALED, under("", SCALED) | head("mask_token")),
+    "esvit": ("EsViT", LEARNED, {"args": ARGS, "student": under("module.", LEARNED, 1.0),
+        "teacher": under("module.", LEARNED) | head("module.head.mlp.0.weight", "module.head_dense.mlp.0.weight")}),
+    "obow": ("OBoW", BASIC, {"epoch": 1, "network":
+        prefixed("feature_extractor_teacher._feature_blocks.", changed(obow(BASIC)))
+        | prefixed("feature_extractor._feature_blocks.", obow(BASIC)) | head("bow_predictor.layers_w.0.weight")}),
+    "obow, torchvision": ("OBoW", BASIC, {"network": under("", BASIC) | head("fc.weight", "fc.bias")}),
+    "vissl": ("VISSL", RESNET, {"iteration": 1, "classy_state_dict": {"train": True, "base_model": {"model":
+        {"trunk": under("_feature_blocks.", RESNET), "heads": head("0.clf.0.weight")}, "meters": {}}}}),
+    "vissl vit": ("VISSL", LEARNED, {"classy_state_dict": {"base_model": {"model": {"trunk": under("", LEARNED)}}}}),
+    "mae": ("MAE", VIT, {"model": under("", VIT)}),
     "mae with decoder": ("MAE", VIT, {"args": ARGS, "scaler": {}, "model":
         under("", VIT) | head("mask_token", "decoder_pos_embed", "decoder_embed.weight")
         | head("decoder_blocks.0.attn.qkv.weight", "decoder_norm.weight", "decoder_pred.bias")}),
@@ -147,21 +230,46 @@ FILES = {
         prefixed("backbone.", mmcls(VIT)) | head("neck.decoder_embed.weight", "backbone.mask_token")}),
     "mmselfsup mocov3": ("MMSelfSup, MoCo v3", SMALL, {"meta": {}, "state_dict":
         prefixed("backbone.", mmcls(SMALL)) | prefixed("base_encoder.0.", mmcls(SMALL))}),
-    "mmselfsup extracted": ("mmcls", VIT, {"state_dict": mmcls(VIT), "author": "x"}),
+    "mmselfsup extracted": ("unknown method (mmcls's names)", LEARNED, {"state_dict": mmcls(LEARNED), "author": "x"}),
     "solo-learn": ("solo-learn", BASIC, LIGHTNING | {"state_dict":
         under("backbone.", BASIC) | under("momentum_backbone.", BASIC, 1.0)
         | head("classifier.weight", "projector.0.weight")}),
     "solo-learn, older": ("solo-learn", BASIC, LIGHTNING | {"state_dict":
         under("encoder.", BASIC) | head("classifier.weight", "predictor.0.weight")}),
-    "lightly": ("lightly", STEM, LIGHTNING | {"state_dict":
-        under("backbone.", STEM) | head("projection_head.layers.0.weight", "online_classifier.weight")}),
-    "lightly, sequence": ("lightly", STEM, LIGHTNING | {"state_dict": prefixed("backbone.", children(STEM))}),
-    "lightly, own resnet": ("lightly", NO_RELU, LIGHTNING | {"state_dict": prefixed("backbone.", lightly(STEM))}),
+    "lightly": ("lightly", STEM, LIGHTNING | {"state_dict": under("backbone.", STEM)
+        | under("teacher_backbone.", STEM, 1.0) | head("projection_head.layers.0.weight", "online_classifier.weight")}),
+    "lightly, sequence": ("lightly", STEM, LIGHTNING | {"state_dict": prefixed("backbone.", children(STEM))
+        | prefixed("backbone_momentum.", changed(children(STEM))) | head("projection_head.layers.0.weight")}),
+    "lightly, own resnet": ("lightly", NO_RELU, LIGHTNING | {"state_dict":
+        prefixed("backbone.", lightly(STEM)) | head("projection_head.layers.0.weight")}),
     "lightly, vit": ("lightly", VIT, LIGHTNING | {"state_dict":
         under("backbone.vit.", VIT) | head("backbone.mask_token", "decoder.mask_token")}),
-    "timm resnet": ("torchvision", STEM, under("", STEM) | head("fc.weight", "fc.bias")),
-    "timm vit": ("timm", VIT, under("", VIT) | head("head.weight", "head.bias")),
-    "torchvision references": ("torchvision", BASIC, {"model": under("", BASIC) | head("fc.weight"), "args": ARGS}),
+    "lightly, dino": ("one of DINO, DINOv2, iBOT", BASIC, LIGHTNING | {"state_dict":
+        prefixed("student_backbone.", changed(children(BASIC))) | prefixed("teacher_backbone.", children(BASIC))
+        | head("student_head.layers.0.weight", "teacher_head.layers.0.weight")}),
+    "lightly, dinov2": ("one of DINO, DINOv2, iBOT", SCALED, LIGHTNING | {"state_dict":
+        under("student_backbone.vit.", SCALED, 1.0) | under("teacher_backbone.vit.", SCALED)
+        | head("student_backbone.mask_token", "teacher_head.dino_head.layers.0.weight")}),
+    "transformers vit": (TRANSFORMERS, LEARNED, transformers(LEARNED) | head("pooler.dense.weight")),
+    "transformers vit, new names": (TRANSFORMERS, LEARNED, prefixed("vit.", transformers(LEARNED, True))
+        | head("classifier.weight")),
+    "transformers dinov2": (TRANSFORMERS, SCALED, transformers(SCALED) | head("embeddings.mask_token")),
+    "transformers mae": ("MAE", VIT, prefixed("vit.", transformers(VIT)) | head("decoder.decoder_embed.weight")),
+    "transformers resnet": (TRANSFORMERS, RESNET, prefixed("resnet.", transformers(RESNET)) | head("classifier.1.w")),
+    "timm resnet": (TORCHVISION, STEM, under("", STEM) | head("fc.weight", "fc.bias")),
+    "timm vit": (TIMM, LEARNED, under("", LEARNED) | head("head.weight", "head.bias")),
+    "torchvision references": (TORCHVISION, BASIC, {"model": under("", BASIC) | head("fc.weight"), "args": ARGS}),
+    "averaged": (TORCHVISION, BASIC, under("module.", BASIC) | head("n_averaged")),
+    "compiled": (TORCHVISION, BASIC, {"model": under("module._orig_mod.", BASIC)}),
+    "compiled inside": (TORCHVISION, BASIC, {"state_dict": under("backbone._orig_mod.", BASIC)}),
+    "compiled in pieces": (TORCHVISION, BASIC, {"state_dict": inside("_orig_mod", under("module.module.", BASIC))}),
+    "sharded": (TIMM, LEARNED, {"module": inside("_fsdp_wrapped_module", under("_fsdp_wrapped_module.", LEARNED))}),
+    "flat, backbone": (TORCHVISION, BASIC, under("backbone.", BASIC) | head("neck.weight")),
+    "flat, backbone.vit": (TIMM, LEARNED, under("backbone.vit.", LEARNED) | head("backbone.mask_token")),
+    **{f"one prefix {p}": (TORCHVISION, BASIC, LIGHTNING | {"state_dict": under(p, BASIC) | head("loss.weight")})
+       for p in ("model.", "net.", "resnet.", "model.encoder.trunk.")},
+    **{f"plain, not {p}": (TIMM, LEARNED, {"state_dict": under(p, LEARNED, 1.0) | under("encoder.", LEARNED)})
+       for p in ("momentum_encoder.", "target_encoder.", "encoder_ema.", "k_encoder.", "teacher.encoder.")},
 }  # fmt: skip
 
 
@@ -175,7 +283,7 @@ def test_published_layout(name, tmp_path, capsys):
     count = len(network.state_dict())
     assert f": {layout}, {meta['arch']}" in out and f"tensors matched {count}/{count}\n" in out
     assert "normalised  with ImageNet's" in out and meta["mean"] == IMAGENET["mean"]
-    if network in (VIT, SMALL):
+    if hasattr(network, "tokens"):
         assert meta["heads"] == network.heads and meta["depth"] == len(network.blocks) and meta["patch_size"] == 8
         assert f"{network.heads} heads (assumed" in out and meta["image_size"] == 32
     else:
@@ -362,7 +470,13 @@ BROKEN = {
     "registers": (under("", VIT) | head("reg_token"), ["30/30", "reg_token unexpected"]),
     "a swin": (head("patch_embed.proj.weight", "layers.0.blocks.0.attn.qkv.weight"), ["no backbone found"]),
     "a text model": ({"model": head("embeddings.word.weight", "encoder.layer.0.key.weight")}, ["no backbone found"]),
-    "only a head": ({"state_dict": head("module.linear.weight")}, ["no backbone found", "state_dict"]),
+    "only a head": ({"epoch": 1, "state_dict": head("module.linear.weight")},
+        ["no backbone found", "the tensors of state_dict are linear.weight"]),
+    "a convolutional stem": (
+        {k: v for k, v in under("", SMALL).items() if "patch_embed" not in k} | head("patch_embed.proj.0.weight"),
+        ["only 16/18 tensors match vit_small: patch_embed.proj.weight missing", "patch_embed.proj.0.weight unexpected"]),
+    "a distilled vit": (transformers(LEARNED) | head("embeddings.distillation_token"),
+        ["distillation_token unexpected"]),
     "an empty dictionary": ({}, ["no backbone found", "none at all"]),
     "a list": ([1, 2], ["holds a list, not a dictionary"]),
     "a tensor": (torch.zeros(3), ["holds a Tensor, not a dictionary"]),

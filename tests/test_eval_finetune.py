@@ -12,6 +12,7 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as V
 
 import eval_finetune as ft
+import eval_semi
 from common import rng
 from common.augment import EvalView
 from common.checkpoint import load_backbone
@@ -439,3 +440,30 @@ def test_files_of_pretraining_are_left_alone(runs, tmp_path):
     first, last = helpers.logged(tmp_path, "finetune.jsonl")[0], (tmp_path / "eval_finetune.json").read_text()
     assert {"command", "args", "versions", "commit"} <= first.keys() and json.loads(last) == result
     assert Image.open(tmp_path / "finetune_views.png").size[0] > 96
+
+
+@pytest.mark.parametrize(
+    "name, cure",
+    [
+        ("semi", "--head-lr (now 1000) or --lr (now 0.1), or let --grid choose"),
+        ("resnet", "--lr (now 0.1) or --head-lr (now 1000)"),
+    ],
+)
+def test_a_loss_above_that_of_guessing_is_named(name, cure, runs, tmp_path, capsys):
+    run(runs[name], tmp_path, "--head-lr", 1000, "--epochs", 1)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "guessing" in line]
+    ratio = helpers.logged(tmp_path, f"{runs[name][0][5:]}.jsonl")[-2]["loss"] / math.log(10)
+    assert f"the loss of the last step is {ratio:.3g} times that of guessing: lower {cure}" in line and ratio > 5
+    run(runs[name], tmp_path, "--head-lr", 1000, "--epochs", 7, "--no-resume")
+    assert "epochs the loss is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size, resized", [(16, 16), (64, 64), (96, 110), (448, 448)])
+def test_margin_of_the_test_view(size, resized, runs, tmp_path, monkeypatch):
+    """None above 224 pixels, as MAE's code has it, and none for small images; else 256/224."""
+    for name, script in (("resnet", ft), ("semi", eval_semi)):
+        seen = []
+        monkeypatch.setattr(script, "validate", lambda run, test, view, args, seen=seen: seen.append(view) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(runs[name], tmp_path / name, "--image-size", size)
+        assert seen[0].size == size and seen[0].resized(500, 700) == (resized, resized * 7 // 5)

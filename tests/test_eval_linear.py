@@ -15,13 +15,27 @@ from torch import nn
 import eval_linear
 from common import augment, rng
 from common.augment import View
-from common.datasets import open_dataset
+from common.checkpoint import load_backbone
+from common.datasets import open_dataset, open_labelled
 from common.features import pool_stage
 from common.optim import precision
 from common.resnet import resnet
-from common.vit import ViT
-from eval_linear import PROTOCOLS, Head, Probe, Protocol, adapt, features, schedule
-from tests.helpers import SCRIPTS, SMALL, assert_close, different, launch, main, refused, state, write_images
+from common.vit import ViT, vit
+from eval_linear import PROTOCOLS, Head, Probe, Protocol, adapt, features, fit, held_out, schedule, standardize
+from tests.helpers import (
+    SCRIPTS,
+    SMALL,
+    assert_close,
+    different,
+    launch,
+    logged,
+    main,
+    refused,
+    state,
+    write_colours,
+    write_images,
+    write_vit,
+)
 
 TINY = "--pretrained random --arch resnet18 --width 0.125 --image-size 16 --workers 0 --log-every 1 --seed 3".split()
 NO_AMP = precision("fp32", torch.device("cpu"))[0]
@@ -51,7 +65,7 @@ def run(out, *words, source="fake:64"):
 def test_total_learning_rates_of_the_published_protocols():
     totals = {name: p.lr * p.batch / 256 for name, p in PROTOCOLS.items()}
     expected = {"moco": 30, "simsiam": 1.6, "swav": 0.3, "barlow": 0.3, "mocov3": 12, "mae": 6.4, "dino": 0.004}
-    assert totals == pytest.approx(expected | {"multihead": 0.01})
+    assert totals == pytest.approx(expected | {"multihead": 0.01, "simclr": 1.6, "byol": 0.8})
     assert {n for n, p in PROTOCOLS.items() if p.batch % eval_linear.MICRO} == set()
     assert adapt("mocov3", resnet(*SMALL)).lr * 4 == pytest.approx(0.4)  # its ResNet-50
     large = type("Large", (nn.Module,), {"dim": 1024})()
@@ -61,9 +75,31 @@ def test_total_learning_rates_of_the_published_protocols():
 def test_protocol_of_a_method():
     assert {name.replace("_", "") for name in SCRIPTS} <= eval_linear.AUTO.keys()
     assert set(eval_linear.AUTO.values()) <= PROTOCOLS.keys()
-    spelt = {"MoCo": "moco", "MMSelfSup, MoCo v3": "mocov3", "Barlow Twins": "barlow", "DINO": "dino", "random": "moco"}
-    assert {name: eval_linear.auto(name, resnet(*SMALL)) for name in spelt} == spelt
-    assert eval_linear.auto("", ViT(24, 1, 2, 8, 16)) == "mocov3"
+    spelt = {"MoCo": "moco", "MMSelfSup, MoCo v3": "mocov3", "Barlow Twins": "barlow", "DINO": "dino", "byol": "byol"}
+    spelt |= {"simclr": "simclr", "one of Barlow Twins, VICReg": "barlow", "VICReg or Barlow Twins": "barlow"}
+    assert {name: eval_linear.auto(name, resnet(*SMALL)) for name in spelt} == {k: (v, "") for k, v in spelt.items()}
+
+
+def test_a_guessed_protocol_says_so():
+    """Names of libraries tell no method: torchvision's are those of a flat file, of Barlow Twins, VICReg or DINO."""
+    guesses = {"torchvision": "swav", "solo-learn": "swav", "": "swav", "one of VICReg, SCAN": "barlow"}
+    guesses |= {"MMSelfSup": "swav", "one of MoCo, SwAV": "moco"}
+    for method, expected in guesses.items():
+        name, why = eval_linear.auto(method, resnet(*SMALL))
+        assert name == expected and f"method unknown ({method or 'no name'}), protocol {name} is a guess" in why
+    name, why = eval_linear.auto("random", resnet(*SMALL))
+    assert name == "swav" and "random network has none" in why and "is a guess" in why
+
+
+@pytest.mark.parametrize("positions, expected", [("sincos-xy", "mae"), ("sincos-yx", "mocov3"), ("learned", "dino")])
+def test_flat_files_of_vits_are_told_by_their_positions(positions, expected, tmp_path):
+    """MAE's encoders, published without a decoder, have a fixed table. That of DINO and timm is learned."""
+    network = vit("vit_tiny", 32, heads=3, depth=1, patch_size=8, positions=positions)
+    torch.save({"model": network.state_dict()}, tmp_path / "flat.pt")
+    backbone, meta = load_backbone(tmp_path / "flat.pt")
+    name, why = eval_linear.auto(meta["method"], backbone)
+    assert name == expected and ("is a guess" in why) == (positions == "learned")
+    assert eval_linear.auto("random", backbone)[1]
 
 
 def rates(protocol, steps, *at):
@@ -285,6 +321,7 @@ def test_a_rate_that_ends_above_chance_is_named_once(short, tmp_path, capsys):
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
     for name, line in zip(("moco", "multihead"), warnings, strict=True):
         assert f"the loss of {name} lr 100000 is" in line and "that of chance 2.303: lower --lr" in line
+        assert "--protocol small" in line
 
 
 def test_max_steps_evaluates_and_goes_on(short, tmp_path):
@@ -313,6 +350,7 @@ TWICE = {  # two micro-batches per step and synchronised batch norm; 102 test im
 def two_processes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     jobs = {k: [*TINY, "--data", f"fake:{n}", "--out", folder / k, *words] for k, (n, words) in TWICE.items()}
+    jobs["small"] = [*TINY, "--data", "fake:64", "--out", folder / "small", "--epochs", 2]
     launch(*(("eval_linear", words) for words in jobs.values()))
     return folder
 
@@ -323,6 +361,11 @@ def test_two_processes_equal_one(kind, two_processes, tmp_path):
     result, one = run(tmp_path, *words, source=f"fake:{images}")
     assert_close(one, state(two_processes / kind, "linear_last.pt")["probes"], atol=1e-8, rtol=1e-7)
     assert json.loads((two_processes / kind / "eval_linear.json").read_text()) == result
+
+
+def test_two_processes_equal_one_on_a_small_set(two_processes, tmp_path):
+    result = main("eval_linear", *TINY, "--data", "fake:64", "--out", tmp_path, "--epochs", 2)
+    assert json.loads((two_processes / "small" / "eval_linear.json").read_text()) == result
 
 
 def test_backbone_stays_as_it_is(short, tmp_path, monkeypatch):
@@ -355,10 +398,138 @@ def test_digits_are_learned_and_cached_features_are_named(tmp_path, capsys):
     assert result["best"]["top1"] == best and any("best" in line and result["best"]["head"] in line for line in lines)
 
 
-def test_vit_by_itself_takes_the_protocol_of_vits(tmp_path):
+def test_large_sets_take_the_protocol_of_the_method(tmp_path, monkeypatch, capsys):
+    """A guess stands in the output and in the result."""
+    monkeypatch.setattr(eval_linear, "SMALL", 32)
     words = ["--arch", "vit_tiny", "--width", 0.25, "--batch-size", 32, "--epochs", 1]
     result, _ = run(tmp_path, *words, source="fake:32")
-    assert list(result["heads"]) == ["mocov3 lr 3"] and result["heads"]["mocov3 lr 3"]["total_lr"] == 0.375
+    assert list(result["heads"]) == ["dino lr 0.001"] and "protocol dino is a guess" in result["note"]
+    assert "protocol    dino: a random network" in capsys.readouterr().out
+    words = ["--pretrained", write_vit(tmp_path / "mae.pt"), *TINY[6:], "--data", "fake:32", "--out", tmp_path / "mae"]
+    result = main("eval_linear", *words, "--batch-size", 32, "--epochs", 1)
+    assert list(result["heads"]) == ["mae lr 0.1"] and "guess" not in result["note"]
+    assert "protocol    mae: that of mae" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------------------------------------- small sets
+def small(out, *words, data="fake:64"):
+    """The result of the script, which takes the protocol for small sets by itself."""
+    return main("eval_linear", *TINY, "--data", data, "--out", out, *words)
+
+
+def test_a_tenth_is_held_out_evenly():
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(7), 30))
+    held = held_out(labels, 0)
+    assert held.sum() == 21 and set(np.bincount(labels[held])) == {3}
+    assert not np.array_equal(held, held_out(labels, 1)) and np.array_equal(held, held_out(labels, 0))
+    assert [held_out(np.zeros(n), 0).sum() for n in (10, 11, 19, 20, 99, 104)] == [1, 1, 1, 2, 9, 10]
+
+
+def test_standardized_features():
+    """Against NumPy; the second set by the statistics of the first. What is constant, up to rounding, becomes 0."""
+    generator = np.random.default_rng(0)
+    x, y = (generator.normal(3, 2, (n, 4)) * [1, 1e-3, 1, 1] + [0, 0, 7, 0] for n in (50, 9))
+    x[:, 2], x[:, 3] = 0.1, 0
+    a, b = (t.numpy() for t in standardize(*(torch.from_numpy(t).float() for t in (x, y))))
+    mean, std = x.mean(0), x.std(0)
+    np.testing.assert_allclose(a[:, :2], (x - mean)[:, :2] / std[:2], atol=1e-4)
+    np.testing.assert_allclose(b[:, :2], (y - mean)[:, :2] / std[:2], atol=1e-4)
+    assert not a[:, 2:].any() and not b[:, 2:].any()
+    small = standardize(torch.from_numpy(x).float() * 1e-4)[0]  # rates mean the same on features of any scale
+    np.testing.assert_allclose(small, a, atol=1e-4)
+
+
+def test_small_training_equals_numpy():
+    """39 samples in batches of 8: 7 are left out in each epoch. Cosine per step, momentum 0.9, from zero."""
+    generator = np.random.default_rng(0)
+    x, labels = generator.standard_normal((39, 5)), generator.integers(0, 3, 39)
+    head = fit(torch.from_numpy(x), torch.from_numpy(labels), 3, 2.0, 3, 8, seed=4)
+    batches = [rng.permutation(4, epoch, 39)[i * 8 : i * 8 + 8] for epoch in range(3) for i in range(4)]
+    rate = lambda step: 2 * 8 / 256 * (1 + math.cos(math.pi * step / 12)) / 2  # noqa: E731
+    protocol = Protocol(8, 3, "sgd", 2.0, 0.0)
+    weight, bias = slow_training(np.zeros((3, 5)), np.zeros(3), x, labels, batches, protocol, rate)
+    np.testing.assert_allclose(head.weight.detach(), weight, atol=1e-12)
+    np.testing.assert_allclose(head.bias.detach(), bias, atol=1e-12)
+    assert np.abs(weight).max() > 0.01
+
+
+def test_small_digits(tmp_path, capsys):
+    """By itself, without a flag. The rate is the one of the best held-out accuracy."""
+    meta = {"method": "simsiam", "arch": SMALL[0], "width": SMALL[1], "image_size": 16, "channels": 3}
+    meta |= {"mean": [0.5] * 3, "std": [0.25] * 3}
+    torch.manual_seed(3)
+    torch.save({"backbone": resnet(*SMALL).state_dict(), "meta": meta}, tmp_path / "own.pt")
+    words = ["--pretrained", tmp_path / "own.pt", *TINY[6:], "--data", "digits", "--out", tmp_path / "out"]
+    result = main("eval_linear", *words)
+    why = "fewer than 100,000 training images; that of the method: --protocol simsiam"
+    assert f"protocol    small: {why}" in capsys.readouterr().out and "note" not in result
+    ((name, row),) = result["heads"].items()
+    best = [rate for rate, top1 in row["held_out_top1"].items() if top1 == max(row["held_out_top1"].values())]
+    assert name.removeprefix("small lr ") in best and len(row["held_out_top1"]) == 8
+    assert row["last"]["top1"] > 90 and row["epochs"] == 400 and row["batch"] == 256
+    assert [path.name for path in sorted((tmp_path / "out").iterdir())] == ["eval_linear.json", "evaluations.jsonl"]
+
+
+def test_test_images_do_not_choose_the_rate(tmp_path, monkeypatch):
+    first = small(tmp_path / "a", "--epochs", 5, data="digits")
+
+    def wrong(*words):
+        data, test = open_labelled(*words)
+        test.labels = (test.labels + 1) % 10
+        return data, test
+
+    monkeypatch.setattr(eval_linear, "open_labelled", wrong)
+    second = small(tmp_path / "b", "--epochs", 5, data="digits")
+    (a, row), (b, other) = (next(iter(result["heads"].items())) for result in (first, second))
+    assert a == b and row["held_out_top1"] == other["held_out_top1"]
+    assert row["last"]["top1"] > 70 and other["last"]["top1"] < 20
+
+
+def test_small_protocol_fits_any_size(tmp_path, capsys, monkeypatch):
+    """At least 2,000 steps, 20 epochs. A batch larger than the set is all of it. One rate needs no held-out images."""
+    real = eval_linear.fit
+    monkeypatch.setattr(eval_linear, "fit", lambda *rest: real(*rest[:4], 1, *rest[5:]))  # one epoch is enough here
+
+    def numbers(n, *words):
+        (row,) = small(tmp_path / "any", *words, data=f"fake:{n}")["heads"].values()
+        return row["batch"], row["epochs"]
+
+    assert numbers(40) == (40, 2000) and numbers(300, "--lr", 0.1) == (256, 2000) and numbers(640) == (256, 1000)
+    assert numbers(40, "--batch-size", 512) == (40, 2000) and numbers(40, "--batch-size", 8) == (8, 400)
+    assert numbers(640, "--batch-size", 4, "--lr", 3) == (4, 20)
+    few = {"data": write_colours(tmp_path / "few", 4)}
+    assert "8 are too few" in refused(capsys, small, tmp_path, **few)
+    assert "held_out_top1" not in small(tmp_path, "--lr", 0.1, **few)["heads"]["small lr 0.1"]
+
+
+def test_small_beside_others(short, tmp_path):
+    """Every classifier is the one that it is alone, and results of other settings stay."""
+    words = ["--lr", "0.5,2", "--epochs", 2]
+    both, probes = run(tmp_path / "a", "--protocol", "moco,small", *words)
+    alone, same = run(tmp_path / "b", "--protocol", "moco", *words)
+    few = small(tmp_path / "b", "--protocol", "small", *words)
+    assert both["heads"] == alone["heads"] | few["heads"] and different(probes, same) == []
+    entries = logged(tmp_path / "b", "evaluations.jsonl")
+    assert [entry["result"] for entry in entries] == [alone, few] and "moco" in entries[0]["args"]["protocol"]
+    assert json.loads((tmp_path / "b/eval_linear.json").read_text()) == few
+
+
+def test_batches_larger_than_the_set_name_what_works(tmp_path, capsys):
+    error = refused(capsys, run, tmp_path, "--protocol", "simsiam")
+    assert "batches of 4096 images, the training set has 64" in error and "--protocol small" in error
+    assert small(tmp_path, "--protocol", "small", "--epochs", 3)["complete"]
+
+
+@pytest.mark.parametrize("protocol", ["moco", "small", "moco --cached"])
+def test_features_that_are_not_finite(protocol, short, tmp_path, capsys):
+    """A file whose weights are damaged is named as such, not a rate that is too high."""
+    write_vit(tmp_path / "vit.pt")
+    state = torch.load(tmp_path / "vit.pt")
+    state["backbone"]["norm.weight"].fill_(math.nan)
+    torch.save(state, tmp_path / "vit.pt")
+    words = ["--pretrained", tmp_path / "vit.pt", *TINY[6:], "--data", "fake:64", "--out", tmp_path]
+    error = refused(capsys, main, "eval_linear", *words, "--protocol", *protocol.split())
+    assert "not finite" in error and "damaged" in error and "--lr" not in error
 
 
 # -------------------------------------------------------------------------------------------------- bad input
@@ -370,7 +541,7 @@ CASES = {
     "infinite rate": ("--lr inf", "--lr"),
     "drops": ("--drops 3;4", "--drops"),
     "no epochs": ("--epochs 0", "--epochs"),
-    "batch larger than data": ("--protocol simsiam", "--batch-size"),
+    "batch larger than data": ("--protocol simsiam", "--protocol small"),
     "stages of a ViT": ("--protocol multihead --arch vit_tiny --width 0.25", "ResNet"),
 }
 

@@ -197,6 +197,32 @@ def test_draws_hold_k_positives_and_19_k_negatives():
     assert (labels[short] == -1).sum() == (labels[:60] == -1).sum() < 76
 
 
+def test_negatives_per_positive_are_the_other_classes(monkeypatch, capsys):
+    """Three classes: two negatives for a positive, not VOC's 19; and a line where there are fewer."""
+    labels = np.where(np.random.default_rng(0).random((200, 3)) < 0.2, 1, -1).astype(np.int8)
+    assert [(labels[svm.draw(labels[:, 0], 8, 0, 0, 0, ratio), 0] == -1).sum() for ratio in (2, 4)] == [16, 32]
+    ratios, real = [], svm.draw
+    monkeypatch.setattr(svm, "draw", lambda *rest: ratios.append(rest[5]) or real(*rest))
+    for classes, ratio in ((3, 2), (2, 1), (1, 1)):
+        ratios.clear()
+        x, _ = rows(200, 20)
+        kept = labels[:, :classes]
+        svm.evaluate_low_shot("", x, None, kept[:120], kept[120:], [2], parsed(*ARGS, "--costs", 1, "--draws", 1), 1)
+        assert set(ratios) == {ratio}
+    few = np.where(np.arange(30)[:, None] % 3 == np.arange(3), 1, -1)  # 10 positives and 20 negatives of each
+    assert svm.shots(["a", "b", "c"], few, [4, 10]) == [4, 10] and capsys.readouterr().out == ""
+    few = np.repeat([1, -1, 0], 10)[:, None].repeat(3, 1)
+    assert svm.shots(["a", "b", "c"], few, [4, 10]) == [4, 10]
+    assert "class a has 10 negatives: all are used where 2 k is more" in capsys.readouterr().out
+
+
+def test_features_that_are_not_finite_are_told(devkit, tmp_path, monkeypatch, capsys):
+    real = svm.extract
+    monkeypatch.setattr(svm, "extract", lambda *rest: [real(*rest)[0].index_fill_(0, torch.tensor([4]), np.nan)])
+    error = refused(capsys, run, devkit, tmp_path, *FEW)
+    assert "1 of 30 trainval images are not finite" in error and "tr004.jpg" in error
+
+
 def test_draws_are_seeded_and_differ():
     labels = np.where(np.arange(400) % 5 == 0, 1, -1)
     first, larger = svm.draw(labels, 4, 0, 0, seed=0), svm.draw(labels, 8, 0, 0, seed=0)
@@ -217,7 +243,7 @@ def test_low_shot_against_a_plain_loop():
     for k, row in found.items():
         on_test, on_rest = np.zeros((2, 3, 2, 3))
         for number, c in np.ndindex(3, 2):
-            chosen = svm.draw(train[:, c], k, number, c, 5)
+            chosen = svm.draw(train[:, c], k, number, c, 5, ratio=1)
             rest = [i for i in range(100) if i not in chosen and train[i, c] != 0]
             at = 100 + np.flatnonzero(tested[:, c] != 0)
             for i, cost in enumerate(costs):
@@ -265,7 +291,6 @@ def test_parts_can_be_left_out(devkit, tmp_path, capsys):
     assert list(low["low_shot"]["feat2"]) == ["1"]
     text = capsys.readouterr().out
     assert "k 1000: class" in text and "positive trainval images" in text
-    assert "negatives: all are used" in text  # 30 images have fewer than 19 of some class
 
 
 def test_class_without_positive_test_image_is_left_out(tmp_path, capsys):

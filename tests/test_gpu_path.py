@@ -126,6 +126,7 @@ def on_device(script, out, *more, resident=False):
         for name in READERS.get(script, ()):
             patch.setattr(f"{script}.{name}", lambda *args: 1)
         patch.setattr(loader, "resident", lambda *args: None)
+        patch.setattr(loader, "_pin", lambda *args: None)
         patch.setattr(torch.cuda, "Event", lambda: types.SimpleNamespace(record=lambda: 0, synchronize=lambda: 0))
         patch.setattr(torch.cuda, "is_bf16_supported", lambda *args: True)
         patch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)

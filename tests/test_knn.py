@@ -1,20 +1,22 @@
 """Features of a backbone, nearest neighbours and k-NN votes against NumPy, scikit-learn and numbers found by hand."""
 
 import json
+import math
 
 import numpy as np
 import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
+import eval_knn
 from common.augment import EvalView
 from common.datasets import Fake, open_labelled
-from common.features import Features, extract
-from common.knn import knn, nearest
+from common.features import Features, broken_rows, extract
+from common.knn import knn, knn_monitor, nearest
 from common.loader import eval_batches
 from common.resnet import resnet
 from common.vit import vit
-from tests.helpers import SMALL, launch, main, refused, rows
+from tests.helpers import SMALL, launch, logged, main, refused, rows, write_vit
 
 
 # ---------------------------------------------------------------------------------------------------- features
@@ -177,3 +179,96 @@ def test_two_processes_report_what_one_reports(tmp_path):
     launch(["eval_knn", [*words, "--out", tmp_path / "two"]])
     two = json.loads((tmp_path / "two" / "eval_knn.json").read_text())
     assert two["knn"] == one["knn"] and two["pixels"] == one["pixels"] and two["test"] == 32
+
+
+def write_resnet(path, mean=0.5, std=0.25, damaged=False):
+    """The file of a tiny ResNet, which says how its images were normalised."""
+    torch.manual_seed(0)
+    weights = resnet(*SMALL).state_dict()
+    if damaged:
+        for value in weights.values():
+            value.fill_(math.nan if value.is_floating_point() else 0)
+    meta = {"method": "simsiam", "arch": SMALL[0], "width": SMALL[1], "image_size": SMALL[2], "channels": 3}
+    torch.save({"backbone": weights, "meta": meta | {"mean": [mean] * 3, "std": [std] * 3}}, path)
+    return path
+
+
+RUN = ["--data", "digits", "--k", 5, "--workers", 0, "--device", "cpu"]
+
+
+def test_raw_pixels_are_the_same_beside_every_network(tmp_path):
+    """Normalised by ImageNet's numbers, resized bilinearly, whatever the file says."""
+    files = [write_resnet(tmp_path / "a.pt"), write_resnet(tmp_path / "b.pt", 0.0, 1.0), write_vit(tmp_path / "c.pt")]
+    first, *others = (main("eval_knn", "--pretrained", path, *RUN) for path in files)
+    assert [result["pixels"] for result in others] == [first["pixels"]] * 2
+    assert first["knn"] != others[0]["knn"] != others[1]["knn"]
+    sets = [torch.cat([x for x, *_ in eval_batches(s, EvalView(16), 64, "cpu", 0)]) for s in open_labelled("digits")]
+    bank, queries = (x.flatten(1).double().numpy() for x in sets)
+    order = np.argsort(-slow_cosines(queries, bank), axis=1)[:, 0]
+    train, test = (s.labels for s in open_labelled("digits"))
+    nearest_one = main("eval_knn", "--pretrained", files[0], *RUN, "--k", 1)["pixels"]["1"]["top1"]
+    assert nearest_one == pytest.approx(100 * (train[order] == test).mean(), abs=1e-3)
+
+
+@pytest.mark.parametrize("write, usual", [(write_resnet, "bilinear"), (write_vit, "bicubic")])
+def test_interpolation_is_that_of_the_reference(write, usual, tmp_path, monkeypatch, capsys):
+    views, real = [], eval_knn.extract
+    monkeypatch.setattr(eval_knn, "extract", lambda m, d, view, *rest: views.append(view) or real(m, d, view, *rest))
+    words = ["--pretrained", write(tmp_path / "own.pt"), *RUN]
+    result = main("eval_knn", *words)
+    assert f"16 px, {usual}, T 0.07" in capsys.readouterr().out and result["interpolation"] == usual
+    other = {"bilinear": "bicubic", "bicubic": "bilinear"}[usual]
+    assert main("eval_knn", *words, "--interpolation", other)["interpolation"] == other
+    assert [view.interpolation for view in views] == [usual] * 2 + ["bilinear"] * 2 + [other] * 2 + ["bilinear"] * 2
+
+
+# ----------------------------------------------------------------------------------------- figures that mislead
+def test_rows_that_are_not_finite_are_told(tmp_path, monkeypatch, capsys):
+    features, images = torch.ones(60, 4), Fake(60, 0, 16)
+    assert broken_rows(features, images, "test") == ""
+    features[7, 2], features[30:34] = math.inf, math.nan
+    text = broken_rows(features, images, "test")
+    assert "5 of 60 test images are not finite" in text and "fake image 7, fake image 30, fake image 31 ..." in text
+    real = eval_knn.extract
+
+    def one(*words):
+        found, labels = real(*words)
+        found[3] = math.nan
+        return found, labels
+
+    monkeypatch.setattr(eval_knn, "extract", one)
+    error = refused(capsys, main, "eval_knn", "--pretrained", write_resnet(tmp_path / "own.pt"), *RUN)
+    assert "1 of 1,438 training images" in error and "image 3" in error and "--precision fp32" in error
+    assert not (tmp_path / "eval_knn.json").exists()
+
+
+def test_weights_that_are_not_finite_are_told(tmp_path, capsys):
+    words = ["--pretrained", write_resnet(tmp_path / "own.pt", damaged=True), *RUN]
+    error = refused(capsys, main, "eval_knn", *words)
+    assert "1,438 of 1,438 training images are not finite" in error and "weights are damaged" in error
+
+
+def test_monitor_gives_no_accuracy_of_features_that_are_not_finite(capsys):
+    backbone = resnet(*SMALL)
+    sets = Fake(40, 0, 16), Fake(20, 40, 16)
+    assert "knn" in knn_monitor(backbone, *sets, EvalView(16), "cpu", 0, None)
+    backbone.bn1.weight.data.fill_(math.nan)
+    assert knn_monitor(backbone, *sets, EvalView(16), "cpu", 0, None) == {}
+    assert "no k-NN accuracy: the network's features of 40 of 40 training images" in capsys.readouterr().out
+
+
+def test_figures_of_fake_images_are_marked(tmp_path, capsys):
+    words = [*WORDS, "--k", 5, "--workers", 0, "--out", tmp_path]
+    assert "accuracies mean nothing" in main("eval_knn", *words, "--data", "fake:40")["note"]
+    assert "note        fake images" in capsys.readouterr().out
+    assert "note" not in main("eval_knn", *words, "--data", "digits")
+
+
+def test_results_of_other_settings_stay(tmp_path, capsys):
+    words = [*WORDS, "--data", "fake:40", "--workers", 0, "--out", tmp_path]
+    results = [main("eval_knn", *words, "--k", k) for k in (1, 5)]
+    entries = logged(tmp_path, "evaluations.jsonl")
+    assert [entry["result"] for entry in entries] == results and entries[0]["script"] == "eval_knn"
+    assert [entry["args"]["k"] for entry in entries] == ["[1]", "[5]"]
+    assert json.loads((tmp_path / "eval_knn.json").read_text()) == results[1]
+    assert f"{tmp_path}/evaluations.jsonl" in capsys.readouterr().out

@@ -1,7 +1,14 @@
 """The loader's promises: what a batch holds, whoever loads it, and what happens when something is wrong."""
 
 import dataclasses
+import gc
+import os
+import signal
+import subprocess
+import sys
 import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,16 +16,22 @@ import torch
 from PIL import Image
 
 from common import loader as module
-from common import rng
+from common import process, rng
 from common.augment import DRAWS, EvalView, View, WholeView, augment
 from common.crop import crop_resize
 from common.datasets import Arrays, Fake, Files, open_dataset
 from common.loader import Loader, adapt_views, eval_batches, image_statistics
-from tests.helpers import deep_png, encode, photo, refused, write_images
+from tests.helpers import ROOT, deep_png, encode, photo, refused, write_images
 
 VIEW = View(24, jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray_p=0.2, blur_p=0.5, solarize_p=0.2)
 SMALL = View(16, area=(0.05, 0.3), interpolation="bicubic", solarize_p=0.3)
 NEUTRAL = {"mean": (0, 0, 0), "std": (1, 1, 1)}
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    """Loading threads in this process, so that a test sees what they do."""
+    monkeypatch.setattr(process, "POSSIBLE", False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +164,7 @@ def test_batch_is_the_plan_applied_to_the_crops(images):
 
 
 # ------------------------------------------------------------------------------------------ views of all kinds
-def test_views_of_all_kinds_give_together_what_each_gives_alone(images, monkeypatch):
+def test_views_of_all_kinds_give_together_what_each_gives_alone(images, monkeypatch, threads):
     views = [VIEW, EvalView(20), WholeView(12, interpolation="bicubic"), Corner(10)]
     read = []
     monkeypatch.setattr(images, "read", lambda i: read.append(i) or Files.read(images, i))
@@ -214,28 +227,97 @@ class Counting:
 
 # ----------------------------------------------------------------------------------------- bounded, and clean
 @pytest.mark.parametrize("workers", [0, 1, 3])
-def test_three_batches_exist_however_large_the_set(monkeypatch, workers):
-    slots, new = [], module.Pool._slot
-    monkeypatch.setattr(module.Pool, "_slot", lambda pool, n: slots.append(new(pool, n)) or slots[-1])
+def test_three_batches_exist_however_large_the_set(threads, workers):
     dataset, addresses = Counting(4000), set()
-    for step, batch in enumerate(Loader(dataset, [View(8)], 50, workers=workers).epoch(0), 1):
+    loader = Loader(dataset, [View(8)], 50, workers=workers)
+    for step, batch in enumerate(loader.epoch(0), 1):
         addresses.add(batch.images[0].data_ptr())
         assert len(dataset.asked) <= 50 * (step + (module.AHEAD if workers else 0))
     assert step == 80 and len(dataset.asked) == 4000
-    assert len(addresses) == len(slots) == (module.AHEAD + 1 if workers else 1)
-    assert all(slot.images[0].numel() == 50 * 8 * 8 * 3 for slot in slots)
+    assert len(addresses) == len(loader.pool.slots) == module.AHEAD + 1
+    assert all(slot.images[0].numel() == 50 * 8 * 8 * 3 for slot in loader.pool.slots)
 
 
-def test_leaving_an_epoch_early_stops_the_threads():
+def test_leaving_an_epoch_early_stops_the_threads(threads):
     gate = threading.Event()
     dataset = Counting(1000, gate, free=100)
-    loader = Loader(dataset, [View(8)], 100, workers=1)
+    batches = Loader(dataset, [View(8)], 100, workers=1).epoch(0)
+    next(batches)
+    threading.Timer(0.5, gate.set).start()
+    batches.close()  # waits for the piece in hand
+    assert len(dataset.asked) <= 100 + 8  # not the 200 that were ahead
+
+
+# ------------------------------------------------------------------------------------------ a process of its own
+def loading_processes():
+    """Processes that this one has started and that still run."""
+    found = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    return [int(p) for p in found if Path(f"/proc/{p}/stat").read_text().rpartition(")")[2].split()[0] != "Z"]
+
+
+def test_a_process_gives_the_batches_of_threads(images, monkeypatch):
+    views, before = [VIEW, EvalView(20)], loading_processes()
+    one = Loader(images, views, 8, seed=1, workers=2)
+    assert isinstance(one.pool.filler, process.Process) and len(loading_processes()) == len(before) + 1
+    other = Loader(images, views, 8, seed=1, workers=2)  # a later process holds the pipes of the first one, too
+    batches = one.epoch(0)
+    next(batches)
+    batches.close()  # what was asked for ahead is forgotten
+    found = seen(one, epoch=1)
+    assert equal(seen(other, epoch=1), found)
+    monkeypatch.setattr(process, "POSSIBLE", False)
+    assert equal(seen(Loader(images, views, 8, seed=1, workers=2), epoch=1), found)
+    del one, other, batches
+    gc.collect()
+    assert loading_processes() == before
+
+
+class Odd(Exception):
+    def __init__(self, a, b):  # which pickle cannot make again
+        super().__init__(f"{a} and {b}")
+
+
+def test_an_error_that_cannot_be_pickled_is_told_in_words():
+    class Broken(Counting):
+        def __getitem__(self, i):
+            raise Odd("this", "that")
+
+    with pytest.raises(RuntimeError, match="this and that"):
+        list(Loader(Broken(64), [View(8)], 16, workers=2).epoch(0))
+
+
+def test_death_of_the_loading_process_is_one_line(images, capsys):
+    loader = Loader(images, [VIEW], 8, workers=1)
     batches = loader.epoch(0)
     next(batches)
-    batches.close()
-    gate.set()
-    loader.pool.threads.shutdown(wait=True)
-    assert len(dataset.asked) <= 100 + 8  # the piece in hand, not the 200 that were ahead
+    os.kill(max(loading_processes()), signal.SIGKILL)
+    with pytest.raises(SystemExit) as stop:
+        list(batches)
+    message = capsys.readouterr().err
+    assert stop.value.code == 1 and message.count("\n") == 1
+    assert "the loading process was ended by SIGKILL" in message and "The same command continues" in message
+
+
+def test_nothing_is_left_when_the_training_process_is_killed(tmp_path):
+    script = f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from common.augment import View
+from common.datasets import Fake
+from common.loader import Loader
+batches = Loader(Fake(1000, 0), [View(64)], 100, workers=2).epoch(0)
+next(batches)
+print(open(f"/proc/self/task/{{os.getpid()}}/children").read(), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    shared = set(os.listdir("/dev/shm"))
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100, check=False)
+    assert done.returncode == -signal.SIGKILL
+    child, deadline = Path(f"/proc/{int(done.stdout)}"), time.monotonic() + 60
+    while child.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not child.exists()
+    assert not {name for name in set(os.listdir("/dev/shm")) - shared if "torch" in name}
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -348,8 +430,6 @@ def test_too_many_broken_files_stop_the_run(tmp_path, capsys, workers):
     loader = Loader(open_dataset(tmp_path, "train"), [VIEW], 16, workers=workers, max_bad=3)
     with pytest.raises(SystemExit) as stop:
         seen(loader)
-    if workers:
-        loader.pool.threads.shutdown(wait=True)
     out, err = capsys.readouterr()
     lines = err.splitlines()
     assert stop.value.code == 2 and out == "" and len(lines) == 4

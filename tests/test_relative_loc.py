@@ -27,7 +27,7 @@ def small_model(hidden_dim=12):
 
 
 # --------------------------------------------------------------------------------------------------- geometry
-@pytest.mark.parametrize("size, patch, jitter", [(255, 64, 21), (96, 24, 8), (32, 8, 2), (16, 4, 1), (9, 2, 1)])
+@pytest.mark.parametrize("size, patch, jitter", [(255, 64, 21), (96, 24, 8), (32, 8, 2), (28, 7, 2), (9, 2, 1)])
 def test_default_geometry(size, patch, jitter):
     assert parsed("relative_loc", "--image-size", size).patch_size == patch
     first, last = (places(torch.full((1, 18), u, dtype=torch.float64), size, patch) for u in (0.0, BELOW_ONE))
@@ -40,10 +40,15 @@ def test_default_geometry(size, patch, jitter):
     assert max(last[0].max(), last[1].max()) + patch == 3 * cell <= size
 
 
-@pytest.mark.parametrize("data, size", [("/photos", 255), ("cifar10", 32), ("stl10", 96), ("digits", 32)])
-def test_image_size_without_a_flag(data, size):
+@pytest.mark.parametrize(
+    "data, size, resize", [("/photos", 255, 292), ("cifar10", 28, 32), ("stl10", 84, 96), ("digits", 28, 32)]
+)
+def test_image_size_without_a_flag(data, size, resize):
+    """Images of a small named set are not resized, unless they are tiny."""
     args = parsed("relative_loc", "--data", data)
-    assert args.image_size == size and args.resize == round(size * 292 / 255)
+    assert (args.image_size, args.resize) == (size, resize)
+    if data != "digits":
+        assert Square(size, resize=resize).box(numbers(0.9, 0.2), resize, resize)[2:] == (size, size)
 
 
 def test_grid_of_the_paper():
