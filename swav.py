@@ -184,7 +184,8 @@ def sinkhorn(scores, epsilon, iterations):
     with torch.autocast(scores.device.type, enabled=False):
         logits = upcast(scores) / epsilon
         top = logits.amax(1)
-        m = logits.sub_(top[:, None]).exp_()  # every row has a 1: no score is too large, no row vanishes
+        # every row has a 1: no score is too large, no row vanishes; e^-69 = 1e-30 keeps away from subnormal numbers
+        m = logits.sub_(top[:, None]).clamp_(min=-69).exp_()
         a = torch.exp(top - gather(top.max()[None]).max())  # what was taken out of M, but for the global maximum
         even = len(m) * world_size() / m.shape[1]
         for _ in range(iterations):

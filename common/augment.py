@@ -209,6 +209,7 @@ def _band(sigma, size):
     radius, block = min(11, size - 1), 32 if size % 32 == 0 else size
     taps = torch.arange(-radius, radius + 1, device=sigma.device)
     kernel = torch.exp(-0.5 * (taps / sigma.view(-1, 1)).square())
+    kernel = kernel.masked_fill(kernel < 1e-12, 0)  # of no weight, but slow where they are subnormal numbers
     kernel = kernel / kernel.sum(1, keepdim=True)
     rows = F.pad(kernel[:, None].expand(-1, block, -1), (0, block)).flatten(1)
     return radius, block, rows[:, :-block].unflatten(1, (block, -1))  # rows one shorter: each starts one later

@@ -409,7 +409,7 @@ def build_backbone(found, path, arch=None, width=None, image_size=None, channels
     meta = {"method": name, "arch": shape["arch"], "width": shape["width"], "image_size": size} | usual
     meta |= getattr(backbone, "config", {}) | told | per_channel(given or {}, meta["channels"])
     meta |= {"image_size": image_size} if image_size else {}
-    method = f"{meta['method']} method ({found.naming.name}'s names)" if name == "unknown" else meta["method"]
+    method = f"unknown method (names of {found.naming.name})" if name == "unknown" else meta["method"]
     print0(f"pretrained  {path}: {method}, {meta['arch']}{kind}, tensors matched {matched}/{needed}")
     if not {"mean", "std"} <= (told | (given or {})).keys():
         which = "ImageNet's mean and standard deviation" if meta["channels"] == 3 else "mean 0.5 and deviation 0.25"

@@ -78,7 +78,7 @@ def knn(train, train_labels, test, test_labels, ks=(20,), temperature=0.07, chun
     share = slice(len(test) * rank() // world_size(), len(test) * (rank() + 1) // world_size())
     similarity, index = nearest(test[share], train, max(ks), chunk_bytes)
     # subtracting the best similarity changes no ranking and keeps exp() finite
-    weights, neighbours = ((similarity - similarity[:, :1]) / temperature).exp_(), train_labels[index]
+    weights, neighbours = ((similarity - similarity[:, :1]) / temperature).clamp_(min=-69).exp_(), train_labels[index]
     correct = torch.zeros(len(ks), 2, dtype=torch.float64, device=test.device)
     rows = max(1, chunk_bytes // (4 * classes))
     number = torch.arange(classes, device=test.device)

@@ -46,8 +46,8 @@ LAYOUTS = (
     Layout("one of Feature Transformation, PyContrast", r"model\.encoder\.", "contrast$"),
     Layout("iBOT", r"teacher\.backbone\.", "ibot_loss$"),
     Layout("DINOv2", r"teacher\.backbone\.", "dino_head\\."),
+    Layout("EsViT", r"teacher\.(backbone\.)?", "head_dense\\."),
     Layout("DINO", r"teacher\.backbone\."),
-    Layout("EsViT", r"teacher\.", "head_dense\\."),
     Layout("MAE", r"(model\.)?", "decoder_embed\\."),
     Layout("OBoW", r"network\.(feature_extractor\.)?(_feature_blocks\.)?"),
     Layout("VISSL", r"classy_state_dict\.base_model\.model\.trunk\.(_feature_blocks\.)?"),
@@ -122,9 +122,9 @@ VIT_TRANSFORMERS = {  # the names in its files, and those in its networks since 
 }
 NAMINGS = (
     Naming("torchvision", "resnet", "layer1.0.conv1.weight", RESNET),
-    Naming("children of torchvision's", "resnet", "7.0.conv1.weight", CHILDREN_TORCHVISION),
-    Naming("blocks of OBoW's", "resnet", "1.0.conv1.weight", CHILDREN_OBOW),
-    Naming("children of lightly's", "resnet", "2.0.conv1.weight", CHILDREN_LIGHTLY, stem_relu=False),
+    Naming("torchvision in sequence", "resnet", "7.0.conv1.weight", CHILDREN_TORCHVISION),
+    Naming("OBoW", "resnet", "1.0.conv1.weight", CHILDREN_OBOW),
+    Naming("lightly in sequence", "resnet", "2.0.conv1.weight", CHILDREN_LIGHTLY, stem_relu=False),
     Naming("transformers", "resnet", "encoder.stages.0.layers.0.layer.0.convolution.weight", RESNET_TRANSFORMERS),
     Naming("timm", "vit", "blocks.0.attn.qkv.weight", {}),
     Naming("DINOv2", "vit", "blocks.0.0.attn.qkv.weight", VIT_CHUNKS),

@@ -212,3 +212,14 @@ def test_threads_change_no_bit():
         finally:
             torch.set_num_threads(1)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize("size", [24, 224])
+def test_blur_kernels_hold_no_subnormal_numbers(size):
+    """Some processors multiply these a hundred times more slowly. What is cut off is less than 1e-12 of a kernel."""
+    sigma = torch.linspace(0.1, 2, 20)
+    *_, kernels = module._band(sigma, size)
+    assert (kernels[kernels > 0] > 1e-13).all() and (kernels[0] == 0).any()
+    taps = torch.arange(-11, 12, dtype=torch.float64)
+    exact = torch.exp(-0.5 * (taps / sigma[:, None].double()).square())
+    torch.testing.assert_close(kernels[:, 0, :23].double(), exact / exact.sum(1, keepdim=True), atol=1e-7, rtol=0)

@@ -157,8 +157,8 @@ LIGHTNING = {
 ARGS = argparse.Namespace(lr=np.float64(0.1), out=Path("a/b"), flag=np.bool_(True), n=np.int64(3))
 
 # name of the layout in the printed line, the network, and a file as its authors write it
-TORCHVISION, TIMM = "unknown method (torchvision's names)", "unknown method (timm's names)"
-TRANSFORMERS = "unknown method (transformers's names)"
+TORCHVISION, TIMM = "unknown method (names of torchvision)", "unknown method (names of timm)"
+TRANSFORMERS = "unknown method (names of transformers)"
 FILES = {
     "moco": ("MoCo", RESNET, {"epoch": 200, "arch": "resnet50", "optimizer": {"state": {}}, "state_dict":
         under("module.encoder_q.", RESNET) | under("module.encoder_k.", RESNET, 1.0)
@@ -230,7 +230,7 @@ FILES = {
         prefixed("backbone.", mmcls(VIT)) | head("neck.decoder_embed.weight", "backbone.mask_token")}),
     "mmselfsup mocov3": ("MMSelfSup, MoCo v3", SMALL, {"meta": {}, "state_dict":
         prefixed("backbone.", mmcls(SMALL)) | prefixed("base_encoder.0.", mmcls(SMALL))}),
-    "mmselfsup extracted": ("unknown method (mmcls's names)", LEARNED, {"state_dict": mmcls(LEARNED), "author": "x"}),
+    "mmselfsup extracted": ("unknown method (names of mmcls)", LEARNED, {"state_dict": mmcls(LEARNED), "author": "x"}),
     "solo-learn": ("solo-learn", BASIC, LIGHTNING | {"state_dict":
         under("backbone.", BASIC) | under("momentum_backbone.", BASIC, 1.0)
         | head("classifier.weight", "projector.0.weight")}),
@@ -474,7 +474,7 @@ BROKEN = {
         ["no backbone found", "the tensors of state_dict are linear.weight"]),
     "a convolutional stem": (
         {k: v for k, v in under("", SMALL).items() if "patch_embed" not in k} | head("patch_embed.proj.0.weight"),
-        ["only 16/18 tensors match vit_small: patch_embed.proj.weight missing", "patch_embed.proj.0.weight unexpected"]),
+        ["only 16/18 tensors match vit_small: patch_embed.proj.weight missing", "embed.proj.0.weight unexpected"]),
     "a distilled vit": (transformers(LEARNED) | head("embeddings.distillation_token"),
         ["distillation_token unexpected"]),
     "an empty dictionary": ({}, ["no backbone found", "none at all"]),

@@ -378,3 +378,11 @@ def test_smaller_defaults_are_said_in_one_line(tmp_path, capsys):
     assert "ln(6) = 1.79" in out and "--prototypes" not in err
     run(tmp_path / "b", "--max-steps", 1, "--prototypes", 200, "--queue", 16)
     assert "raise --queue or lower --prototypes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("epsilon", [0.05, 0.005])
+def test_codes_hold_no_subnormal_numbers(epsilon):
+    scores = torch.linspace(-1, 1, 12).repeat(6, 1) * torch.linspace(0.5, 1, 6)[:, None]
+    codes = sinkhorn(scores, epsilon, 3)
+    assert (codes[codes > 0] >= torch.finfo(torch.float32).tiny).all() and codes.isfinite().all()
+    torch.testing.assert_close(codes.sum(1), torch.ones(6))
