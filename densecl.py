@@ -12,8 +12,8 @@ f, f' being the backbone's maps of the two views, r and t of length 1; a key t o
 Published, ResNet-50, 200 epochs on ImageNet: VOC detection AP 58.7, MoCo v2 57.0; VOC segmentation mIoU 69.4 and 67.5
 (official README). Such tasks are its aim: linear top-1 is 63.34, MoCo v2's 67.58 (MMSelfSup 0.11). Ours: not run.
 
-Small images (our choice; 32 px, 4 x 4 cells): --image-size 32 --arch resnet18 --weight-decay 5e-4 --queue 4096
---key-momentum 0.99.
+Small images (our choice): --image-size 32 --arch resnet18 --weight-decay 5e-4 --queue 4096 --key-momentum 0.99. Most
+of the 4 x 4 cells come to match the same place of the other view there, which padding gives away (results/README.md).
 
 In the log, "agree" is the share of matches that are right: c(s) holds the point of the image in which cell s has its
 centre, where the other view shows that point. "chance" is the same with the matches of another image, which can only

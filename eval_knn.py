@@ -5,11 +5,13 @@ trained. Features are the backbone's pooled output, without augmentation: shorte
 or sizes in this ratio (at most 64 pixels: no margin). Images are resized bicubically for ViTs, as DINO's code does, and
 bilinearly for ResNets, as MMSelfSup's (DINO's figure of a ResNet-50: --interpolation bicubic). --features takes other
 features, any number from one pass over the images: feat1 to feat5, the averages over the maps of a ResNet's stages, or
-a ViT's class token (cls) and mean of patch tokens (mean).
+a ViT's class token (cls) and mean of patch tokens (mean). --embedding takes the outputs of a projector of one linear
+layer, which the last.pt of npid.py holds: its published figure is theirs, with --k 200.
 
     python eval_knn.py --pretrained runs/simsiam/backbone.pt --data /imagenet
     torchrun --nproc_per_node=8 eval_knn.py --pretrained runs/simsiam/backbone.pt --data /imagenet
     python eval_knn.py --pretrained runs/simsiam/backbone.pt --data /imagenet --features feat3 feat4 feat5 --k 20
+    python eval_knn.py --pretrained runs/npid/last.pt --data /imagenet --embedding --k 200
     python eval_knn.py --pretrained random --arch resnet18 --width 0.25 --data digits
 
 Prints top-1 and top-5 for every feature and k, those of raw pixels for images of at most 64 pixels, and as its last
@@ -23,9 +25,9 @@ import sys
 import torch
 from torch import nn
 
-from common.args import Parser, fail, positive
+from common.args import Parser, fail, positive, toggle
 from common.augment import EvalView
-from common.checkpoint import default_statistics, load_pretrained
+from common.checkpoint import default_statistics, load_file, load_pretrained
 from common.datasets import open_labelled
 from common.distributed import print0
 from common.features import Features, broken_rows, extract, usual_interpolation
@@ -40,12 +42,35 @@ def parse_args(argv=None):
     parser.add_pretrained()
     group = parser.add_argument_group("k-NN")
     group.add_argument("--features", nargs="+", help="feat1 ... feat5, or cls and mean (default: the pooled output)")
+    text = "the outputs of the linear projector in last.pt, not the backbone's"
+    group.add_argument("--embedding", action=toggle, default=False, help=text)
     group.add_argument("--k", type=positive(int), nargs="+", default=[10, 20, 100, 200], help="numbers of neighbours")
     group.add_argument("--temperature", type=positive(float), default=0.07)
     text = "how images are resized (default: bicubic for a ViT, bilinear for a ResNet)"
     group.add_argument("--interpolation", choices=["bilinear", "bicubic"], help=text)
     group.add_argument("--batch-size", type=positive(int), default=256, help="images per process and forward pass")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.embedding and args.features:
+        parser.error("--embedding and --features: choose one")
+    return args
+
+
+class Embedding(nn.Module):
+    """A backbone and the projector of one linear layer that its file holds: (B, C, S, S) -> (B, D)."""
+
+    def __init__(self, backbone, args):
+        super().__init__()
+        known = {} if args.pretrained == "random" else load_file(args.pretrained, "--pretrained", args.trust_pickle)
+        layer = {k: known.get("model", {}).get(f"projector.{k}") for k in ("weight", "bias")}
+        if any(value is None for value in layer.values()) or layer["weight"].shape[1] != backbone.dim:
+            fail(f"--embedding: {args.pretrained} holds no projector of one linear layer; the last.pt of npid.py does")
+        self.backbone, self.projector = backbone, nn.Linear(backbone.dim, len(layer["weight"]))
+        self.projector.load_state_dict(layer)
+        self.dim = len(layer["weight"])
+        self.names, self.dims = ["embedding"], [self.dim]
+
+    def forward(self, x):
+        return self.projector(self.backbone(x))
 
 
 class Pixels(nn.Module):
@@ -69,7 +94,8 @@ def main(args):
     device = start_device(args)
     backbone, meta = load_pretrained(args)
     amp, _, dtype = precision(args.precision, device)
-    model = Features(backbone, args.features).to(device, dtype, memory_format=torch.channels_last)
+    model = Embedding(backbone, args) if args.embedding else Features(backbone, args.features)
+    model = model.to(device, dtype, memory_format=torch.channels_last)
     size = meta["image_size"]
     interpolation = args.interpolation or usual_interpolation(backbone)
     view = EvalView(size, interpolation=interpolation, mean=tuple(meta["mean"]), std=tuple(meta["std"]))
@@ -95,6 +121,7 @@ def main(args):
     result = facts(args, meta, train, test) | {"temperature": args.temperature, "interpolation": interpolation}
     table = evaluate(model, view, model.names if args.features else ["features"], model.dims)
     result["knn"] = table if args.features else table["features"]
+    result["embedding"] = args.embedding
     if size <= 64:
         pixels = Pixels(size, meta["channels"])
         seen = pixel_view(size, meta["channels"])

@@ -146,7 +146,8 @@ def auto(method, backbone):
     if positions in fixed and method != "random":
         return fixed[positions], ""
     guess = found[0] if found else "swav" if hasattr(backbone, "stages") else "dino"
-    why = "a random network has none of its own" if method == "random" else f"method unknown ({method or 'no name'})"
+    why = "method unknown" + (f" ({method})" if method not in ("", "unknown") else "")
+    why = "a random network has none of its own" if method == "random" else why
     return guess, f"{why}, protocol {guess} is a guess; --protocol names another"
 
 

@@ -12,6 +12,7 @@ detectron2   ResNets: a pickle of NumPy arrays, as its own converter writes it; 
              RESNETS.STRIDE_IN_1X1 False. Batch counters, which it does not know, are left out
 mmdet        ResNets: torchvision's names under state_dict, for init_cfg=dict(type="Pretrained", checkpoint=FILE)
 
+The ending of --out decides how a state dict is written: .safetensors, or .pth, .pt, .bin and .tar by torch.save.
 --publish adds the first eight digits of the file's SHA-256 to its name, as torch.hub's check_hash expects it.
 """
 
@@ -28,6 +29,7 @@ from torch import nn
 from common.args import Parser, fail, toggle, width
 from common.checkpoint import build_backbone, find_backbone, load_file
 from common.files import atomic
+from common.formats import write_safetensors
 
 # Names of a ViT here -> in torchvision; applied in this order.
 TORCHVISION_VIT = {
@@ -54,12 +56,16 @@ DETECTRON2 = {
     r"\.downsample\.1\.": ".shortcut.norm.",
 }
 
+ENDINGS = {"detectron2": [".pkl"], "mmdet": [".pth", ".pt", ".bin", ".tar"]}
+ENDINGS |= {target: [*ENDINGS["mmdet"], ".safetensors"] for target in ("torchvision", "timm")}
+
 
 def parse_args(argv=None):
     parser = Parser(__doc__)
     parser.add_argument("--pretrained", required=True, help="backbone.pt, last.pt, or a published file")
     parser.add_argument("--to", required=True, choices=["torchvision", "timm", "detectron2", "mmdet"])
-    parser.add_argument("--out", required=True, help="file to write; .pkl for detectron2")
+    parser.add_argument("--out", required=True, help="file to write; its ending decides the format")
+    parser.add_argument("--pretrained-key", metavar="NAME", help="take the backbone under this name in the file")
     parser.add_argument("--publish", action=toggle, default=False, help="add the file's hash to its name")
     text = "allow --pretrained to run code while it is read"
     parser.add_argument("--trust-pickle", action=toggle, default=False, help=text)
@@ -114,9 +120,9 @@ def remarks(backbone, meta):
 
 
 def write(content, path, publish):
-    """Writes a pickle (.pkl) or torch file. Returns its path and hash."""
-    buffer = io.BytesIO()
-    (pickle.dump if path.suffix == ".pkl" else torch.save)(content, buffer)
+    """Writes a pickle (.pkl), safetensors or torch file. Returns its path and hash."""
+    buffer, formats = io.BytesIO(), {".pkl": pickle.dump, ".safetensors": write_safetensors}
+    formats.get(path.suffix, torch.save)(content, buffer)
     digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
     if publish:  # no other dot or dash before the hash: torch.hub takes the first "-<hexadecimal>."
         path = path.with_name(f"{path.stem.replace('.', '_')}-{digest[:8]}{path.suffix}")
@@ -128,12 +134,12 @@ def write(content, path, publish):
 
 def main(args):
     out = Path(args.out)
-    if (out.suffix == ".pkl") != (args.to == "detectron2"):
-        fail(f"--out {out}: detectron2 reads .pkl files, the others .pth; --to is {args.to}")
+    if out.suffix not in ENDINGS[args.to]:
+        fail(f"--out {out}: for {args.to} the name must end in {' or '.join(ENDINGS[args.to])}")
     if out.exists() and Path(args.pretrained).exists() and out.samefile(args.pretrained):
         fail(f"--out {out} is the file of --pretrained: choose another name")
     state = load_file(args.pretrained, "--pretrained", args.trust_pickle)
-    found = find_backbone(state, f"--pretrained {args.pretrained}", args.arch)
+    found = find_backbone(state, f"--pretrained {args.pretrained}", args.arch, args.pretrained_key)
     backbone, meta = build_backbone(found, args.pretrained, args.arch, args.width)
     content, weights = convert(backbone, meta, args.to)
     try:

@@ -14,11 +14,11 @@ similar ones of a random share M / P of all images are, up to a P that varies by
 Published, ResNet-50 on ImageNet, 200 epochs, in MMSelfSup 0.11 (by the authors): linear top-1 68.04, MoCo v2 67.58;
 linear SVM on VOC07 85.24 mAP, MoCo v2 84.04. Ours: not run.
 
-Small images (our choice): --image-size 32 --arch resnet18 --weight-decay 5e-4 --queue 4096 --key-momentum 0.99.
+Small images (our choice): --image-size 32 --arch resnet18 --weight-decay 5e-4 --queue 4096. With --key-momentum 0.99
+clusters held images of the same time, not kind, as keys drifted: of a step's images, all "changed" theirs (in the log).
 
-Deviations, where the paper leaves it open from MMSelfSup 0.11: those of moco.py (groups, steps, statistics, small
-images) and odc.py (an epoch is a permutation; small clusters wait for new centroids); the own cluster is no part
-of the pool, so that it may be larger; the random share is one for all queries of a step.
+Deviations, where the paper leaves it open from MMSelfSup 0.11: those of moco.py, and of odc.py in epochs and clusters;
+the own cluster is no part of the pool, and may be larger than it; the random share is one for all queries of a step.
 To hack: copy this file. What is InterCLR: the sections model and loss, and the lines marked in main.
 """
 

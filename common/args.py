@@ -137,7 +137,7 @@ class Parser(argparse.ArgumentParser):
         add("--width", type=width, help=text.format(1))
         add("--channels", type=channels, help=text.format(3))
         text = "of the images: one number, or one per channel (default: what the file says, else ImageNet's)"
-        add("--mean", type=number(float), nargs="+", help=text)
+        add("--mean", type=probability, nargs="+", help=text)
         add("--std", type=positive(float), nargs="+", help=text)
         text = "take the backbone under this name in the file, where it holds several (default: says which it takes)"
         add("--pretrained-key", metavar="NAME", help=text)

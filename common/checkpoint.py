@@ -124,23 +124,16 @@ def resume(args, images, model, optimizer, scaler, name="last.pt"):
 def init_from(path, model):
     """`--init`: weights for a fresh schedule. The whole backbone, from any file that `load_backbone` reads; from the
     last.pt of a run also what else (heads, for instance) has the same name and shape here."""
-    where = f"--init {path}"
-    state, own = load_file(path, "--init"), model.state_dict()
+    state, own, where = load_file(path, "--init"), model.state_dict(), f"--init {path}"
     found = find_backbone(state, where)
-    told = network_shape(found)
-    heads, was = getattr(model.backbone, "heads", None), told.get("heads")
+    heads, was = getattr(model.backbone, "heads", None), network_shape(found).get("heads")
     if heads and was and heads != was:
         known = "heads" in found.meta or found.layout.heads
         was = f"was{'' if known else ', as far as one can tell,'} trained with {was} attention heads"
         (fail if known else print0)(f"{where} {was}, this model has {heads}")
     weights = fit_channels(resize_positions(found.weights, model.backbone), model.backbone)
     if compare_tensors(model.backbone, weights)[0]:
-        family = "vit" if hasattr(model.backbone, "tokens") else "resnet"
-        told, here = (
-            network_shape(found._replace(weights=tensors, meta={}, family=kind))
-            for tensors, kind in ((found.weights, found.family), (model.backbone.state_dict(), family))
-        )
-        why = explain_shapes(told, here) if found.family == family else f"--arch {told['arch']} is in the file"
+        why = layouts.explain(found.weights, model.backbone.state_dict())
         refuse_tensors(where, "this model's backbone", model.backbone, weights, why)
     fitting = {prefix_of(model.backbone, model) + k: v for k, v in weights.items()}
     if "backbone_prefix" in state:
@@ -158,37 +151,13 @@ def fit_channels(weights, network):
         return weights
     was, now = layer.shape[1], own.shape[1]
     if (was, now) == (3, 1):
-        weights, how = weights | {name: layer.sum(1, keepdim=True)}, "summed over the three channels"
+        weights, how = weights | {name: layer.sum(1, keepdim=True)}, "summed over the three"
     elif was == 1 < now:
-        weights, how = weights | {name: layer.expand(-1, now, -1, -1) / now}, "spread over the channels"
+        weights, how = weights | {name: layer.expand(-1, now, -1, -1) / now}, "shared out among them"
     else:
         return weights
-    print0(
-        f"first layer for images of {was} channel{'s' * (was > 1)} in the file, of {now} here: its weights are {how}"
-    )
+    print0(f"init        first layer for {now} channels instead of {was}: its weights are {how}")
     return weights
-
-
-# What differs between the network in a file and this one, and the flags that make this one like it.
-REASONS = {
-    "arch": "the file has {0}, this model is {1}: --arch {0}",
-    "width": "the file has width {0:g}, this model {1:g}: --width {0:g}",
-    "channels": "the file is for images of {0} channels, this model for {1}: --channels {0}",
-    "patch_size": "the file has patches of {0} pixels, this model of {1}: --patch-size {0}",
-    "depth": "the file has {0} blocks, this model {1}: --depth {0}",
-    "pool": "the file pools by {0}, this model by {1}",
-    "layer_scale": "only one of the two scales its layers",
-    "filtered": "only one of the two sees the image through a fixed filter (input_filter)",
-}
-STEMS = "images of at most 64 px get a 3x3 stem, larger ones 7x7; the file has {}: --image-size {}"
-
-
-def explain_shapes(told, here):
-    """Why the tensors of a file do not fit a model: the arguments that build the two networks, compared, in words."""
-    reasons = [REASONS[k].format(told[k], here[k]) for k in REASONS if k in told and told[k] != here[k]]
-    if told.get("small") != here.get("small"):
-        reasons.insert(0, STEMS.format(*(("3x3", resnet.SMALL) if told["small"] else ("7x7", 96))))
-    return "; ".join(reasons)
 
 
 # --------------------------------------------------------------------------------------------------- backbones
@@ -201,15 +170,11 @@ def find_backbone(state, where, arch=None, key=None):
     """
     found = layouts.candidates(state, key)
     if not found:
-        places = [f"{entry.place.removesuffix('.')}" for entry in layouts.candidates(state)] if key else []
-        if places:
-            fail(f"{where}: no backbone under --pretrained-key {key}; there is {', '.join(places)}")
-        path, tensors = max(layouts.containers(state).items(), key=lambda item: len(item[1]), default=("", {}))
-        held = (
-            f"the tensors {f'of {path[:-1]} ' if path else ''}are" if tensors else "it holds no tensors, its keys are"
-        )
-        names = ", ".join(map(str, list(tensors or state)[:5])) or "none at all"
-        fail(f"{where}: no backbone found (a ResNet or a ViT), {held} {names} ...")
+        if key and (places := [entry.place[:-1] for entry in layouts.candidates(state)]):
+            fail(f"{where}: no whole backbone under --pretrained-key {key}; there is {', '.join(places)}")
+        path, held = max(layouts.containers(state).items(), key=lambda item: len(item[1]), default=("", state))
+        names = ", ".join(map(str, list(held)[:5])) or "none at all"
+        fail(f"{where}: no backbone found (a ResNet or a ViT); the names in {path[:-1] or 'it'} are {names} ...")
 
     def rank(candidate):
         shape = network_shape(candidate, arch)
@@ -290,9 +255,8 @@ def refuse_tensors(where, name, network, weights, why=""):
     bad, matched, needed = compare_tensors(network, weights)
     more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
     only = "only " if matched < needed else ""
-    fail(
-        f"{where}: {f'{why}; ' if why else ''}{only}{matched}/{needed} tensors match {name}: {'; '.join(bad[:5])}{more}"
-    )
+    why = f"{why}; " if why else ""
+    fail(f"{where}: {why}{only}{matched}/{needed} tensors match {name}: {'; '.join(bad[:5])}{more}")
 
 
 def resize_positions(weights, network):
@@ -310,30 +274,21 @@ def resize_positions(weights, network):
 def load_pretrained(args):
     """The network that the flags of an evaluation name (`Parser.add_pretrained`), and what is known of it."""
     size = args.image_size or (default_size(args.data) if str(args.pretrained) == "random" else None)
-    flags = {k: getattr(args, k, None) for k in ("channels", "mean", "std")} | {"key": args.pretrained_key}
-    return load_backbone(args.pretrained, args.arch, args.width, size, args.seed, args.trust_pickle, **flags)
+    given = {k: getattr(args, k) for k in ("mean", "std") if getattr(args, k) is not None}
+    rest = (args.seed, args.trust_pickle, getattr(args, "channels", None), args.pretrained_key)
+    return load_backbone(args.pretrained, args.arch, args.width, size, *rest, **given)
 
 
 def load_backbone(
-    path,
-    arch=None,
-    width=None,
-    image_size=None,
-    seed=0,
-    trust_pickle=False,
-    channels=None,
-    mean=None,
-    std=None,
-    key=None,
+    path, arch=None, width=None, image_size=None, seed=0, trust_pickle=False, channels=None, key=None, **given
 ):
     """The network behind `--pretrained`: (backbone, meta). "random" gives a random initialisation.
 
     arch, width, channels, image_size: taken from the file, which has them in words (ours) or in the shapes of its
     tensors; one of the first three that contradicts it ends the program. Another image_size makes a ViT interpolate
-    its positions. trust_pickle: see `load_file`. mean, std: of the images, in place of those of the file, one number or
-    one per channel. key: see `find_backbone`. Prints how many tensors matched: all, or the program ends.
+    its positions. trust_pickle: see `load_file`. key: see `find_backbone`. given: mean and std of the images in place
+    of what the file says, one number or one per channel. Prints how many tensors matched: all, or the program ends.
     """
-    given = {k: v for k, v in (("mean", mean), ("std", std)) if v is not None}
     if str(path) != "random":
         found = find_backbone(load_file(path, "--pretrained", trust_pickle), f"--pretrained {path}", arch, key)
         backbone, meta = build_backbone(found, path, arch, width, image_size, channels, given)
@@ -364,7 +319,7 @@ def per_channel(given, channels):
     return {name: [*value] * (channels // len(value)) for name, value in given.items()}
 
 
-def build_backbone(found, path, arch=None, width=None, image_size=None, channels=None, given=None):
+def build_backbone(found, path, arch=None, width=None, image_size=None, channels=None, given=()):
     """Builds what was found in a file and loads all of it, or ends the program. Returns (backbone, meta). channels and
     given (mean, std): what the user says of the images."""
     where = f"--pretrained {path}"
@@ -407,11 +362,11 @@ def build_backbone(found, path, arch=None, width=None, image_size=None, channels
     usual = default_statistics(shape["channels"])
     told = {k: v for k, v in found.meta.items() if k not in ("mean", "std") or len(v) == usual["channels"]}
     meta = {"method": name, "arch": shape["arch"], "width": shape["width"], "image_size": size} | usual
-    meta |= getattr(backbone, "config", {}) | told | per_channel(given or {}, meta["channels"])
+    meta |= getattr(backbone, "config", {}) | told | per_channel(dict(given), meta["channels"])
     meta |= {"image_size": image_size} if image_size else {}
     method = f"unknown method (names of {found.naming.name})" if name == "unknown" else meta["method"]
     print0(f"pretrained  {path}: {method}, {meta['arch']}{kind}, tensors matched {matched}/{needed}")
-    if not {"mean", "std"} <= (told | (given or {})).keys():
+    if not {"mean", "std"} <= {*told, *given}:
         which = "ImageNet's mean and standard deviation" if meta["channels"] == 3 else "mean 0.5 and deviation 0.25"
         print0(f"normalised  with {which}: the file does not say (--mean, --std)")
     return backbone, meta

@@ -6,10 +6,12 @@ caller trusts the file's origin.
 """
 
 import argparse
+import collections
 import json
 import math
 import pathlib
 import pickle
+import pickletools
 import re
 import types
 import zipfile
@@ -33,7 +35,8 @@ SIGNS = (
     (rb"\x93NUMPY", "is a NumPy array, not a checkpoint"),
     (rb"\0{64}", "begins with zeros: its download was never written"),
 )
-CUT = r"EOF|truncated|Ran out of input|wrong byte size|[Ii]nvalid header or archive|finding central directory"
+OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the first of five pickles with which files before torch 1.6 begin
+CUT = r"EOF|truncated|Ran out of input|wrong byte size"  # words of torch
 
 
 def read(path, trust_pickle=False, remedy="add"):
@@ -82,7 +85,7 @@ def _recognise(path, head):
             names = file.namelist()
         if not any(name.endswith("data.pkl") for name in names):
             return f"is a zip archive of {', '.join(names[:3]) or 'nothing'}, not a checkpoint"
-    if not re.search(rb"[^\t\n\r -~\x80-\xff]", head):
+    if not re.search(rb"^\x80|[^\t\n\r -~\x80-\xff]", head):
         return f"is not a checkpoint but text: {head[:60].decode(errors='replace').strip()!r}"
     return None
 
@@ -91,15 +94,29 @@ def _cut(path):
     return f"is cut short (a broken download?): {path.stat().st_size} bytes"
 
 
+def _ends_early(path):
+    """Does a pickle of the file end early? Nothing in it is carried out."""
+    with open(path, "rb") as file:
+        count = 5 if file.read(len(OLD)) == OLD else 1
+        file.seek(0)
+        try:
+            for _ in range(count):
+                collections.deque(pickletools.genops(file), 0)
+        except ValueError:
+            return not file.read(1)
+    return False
+
+
 def _explain(path, error, remedy):
-    reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+    reason = re.sub("(?s).*Unpickler error: ", "", str(error)).strip() or type(error).__name__
+    reason = reason.splitlines()[0][:120]
+    if isinstance(error, EOFError) or re.search(CUT, str(error)) or _ends_early(path):
+        return _cut(path)
     foreign = re.search(r"GLOBAL (\S+)|(TorchScript)", str(error))
     if foreign and remedy:
         trust = f"If you trust the origin of the file: {remedy} --trust-pickle"
         held = foreign[1] or "a TorchScript program"
         return f"cannot be read safely: it holds {held}, and restoring that could run any program. {trust}"
-    if isinstance(error, EOFError) or re.search(CUT, str(error)):
-        return _cut(path)
     return f"is not a checkpoint that can be read safely: {reason}" if remedy else f"cannot be read: {reason}"
 
 
@@ -152,7 +169,11 @@ class _Unpickler(pickle.Unpickler):
             return type(name, (Stub,), {})
 
 
-PICKLE = types.SimpleNamespace(__name__="pickle", Unpickler=_Unpickler, load=pickle.load, loads=pickle.loads)
+def _load(file, **more):
+    return _Unpickler(file, **more).load()
+
+
+PICKLE = types.SimpleNamespace(__name__="pickle", Unpickler=_Unpickler, load=_load)  # what torch asks of a module
 
 
 # ------------------------------------------------------------------------------------------------- safetensors
@@ -178,10 +199,10 @@ def _read_safetensors(path):
     return state
 
 
-def safetensors_bytes(weights):
-    """The contents of a safetensors file."""
+def write_safetensors(weights, file):
+    """Writes tensors by name into an open file, in an order that depends on nothing else."""
     names, header, parts, begin = {v: k for k, v in DTYPES.items()}, {"__metadata__": {"format": "pt"}}, [], 0
-    for name in sorted(weights, key=lambda name: (-weights[name].itemsize, name)):  # aligned, and always the same
+    for name in sorted(weights, key=lambda name: (-weights[name].itemsize, name)):  # so that all of them are aligned
         value = weights[name].contiguous()
         parts.append(value.reshape(-1).view(torch.uint8).numpy().tobytes())
         end = begin + len(parts[-1])
@@ -189,4 +210,4 @@ def safetensors_bytes(weights):
         begin = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text + b"".join(parts)
+    file.write(len(text).to_bytes(8, "little") + text + b"".join(parts))

@@ -304,7 +304,7 @@ def vit_shape(weights, heads=(), arch=None):
     hidden = len(_shaped(weights, "blocks.0.mlp.fc1.weight", 4 * dim, dim))
     usual = usual if usual and dim % usual == 0 and dim % 4 == 0 else None
     depth = len({k.split(".")[1] for k in weights if k.startswith("blocks.")})
-    told = {"arch": name, "width": dim / vit.ARCHS[name][0], "image_size": side * patch, "patch_size": patch}
+    told = {"arch": name, "width": dim / vit.ARCHS[name][0], "image_size": max(1, side) * patch, "patch_size": patch}
     told |= {"channels": proj.shape[1], "depth": depth, "heads": usual, "positions": positions}
     told["pool"] = "mean" if "fc_norm.weight" in weights and "norm.weight" not in weights else "cls"
     # the ratio is rounded down after multiplying with dim; the values of the scale are in the file, this asks for them
@@ -317,3 +317,25 @@ def _positions(table, dim, side):
         if torch.allclose(table[0, 1:].double(), vit.sincos(dim, (side, side), order), atol=1e-3):
             return f"sincos-{order}"
     return "learned"
+
+
+# Why a model cannot take the weights of a file, and the flags that make it like the network there. {0}: of the file.
+REASONS = {
+    "small": "images {2} 64 px get a {3} stem, the file has {4}: --image-size {5}",
+    "arch": "the file has {0}, this model is {1}: --arch {0}",
+    "width": "the file has width {0:g}, this model {1:g}: --width {0:g}",
+    "channels": "the file is for images of {0} channels, this model for {1}: --channels {0}",
+    "patch_size": "the file has patches of {0} pixels, this model of {1}: --patch-size {0}",
+    "depth": "the file has {0} blocks, this model {1}: --depth {0}",
+    "pool": "the file pools by {0}, this model by {1}",
+    "layer_scale": "only one of the two scales its layers",
+    "filtered": "only one of the two sees the images through a fixed filter (input_filter)",
+}
+
+
+def explain(file, model):
+    """The reasons why the weights of a file (under the names used here) are not those of a model, in words."""
+    there, here = (vit_shape(x) if "pos_embed" in x else resnet_shape(x) for x in (file, model))
+    differ = [k for k in REASONS if k in there and k in here and there[k] != here[k]]
+    stems = ("above", "7x7", "3x3", resnet.SMALL) if there.get("small") else ("of at most", "3x3", "7x7", 96)
+    return "; ".join(REASONS[k].format(there[k], here[k], *stems) for k in differ)

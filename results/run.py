@@ -29,6 +29,8 @@ RECIPES = {
     "byol": "--optimizer sgd --lr 0.4 --weight-decay 5e-4 --tau 0.99 --hidden-dim 512 --warmup-epochs 1"
     " --crop-min 0.08",
     "moco": "--lr 0.12 --weight-decay 5e-4 --crop-min 0.2 --temperature 0.1 --queue 4096 --key-momentum 0.99",
+    "densecl": "--lr 0.12 --weight-decay 5e-4 --crop-min 0.2 --queue 4096 --key-momentum 0.99",
+    "interclr": "--lr 0.12 --weight-decay 5e-4 --crop-min 0.2 --queue 4096 --clusters 50",
     "barlowtwins": "--dim 512 --lambd 0.005 --warmup-epochs 1 --lr 1 --lr-biases 0.024 --crop-min 0.08",
     "swav": "--prototypes 256 --epsilon 0.03 --color-strength 0.5 --crop-min 0.2 --lr 3 --warmup-epochs 1",
     "deepcluster": "--lr 0.4 --crop-min 0.08",

@@ -2,8 +2,13 @@
 
 import argparse
 import copy
+import json
 import os
 import pickle
+import shutil
+import sys
+import tarfile
+import types
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +17,9 @@ import torch
 import torchvision
 from torch import nn
 
+import deepcluster
 from common.checkpoint import IMAGENET, init_from, load_backbone, save_file, save_run
+from common.formats import write_safetensors
 from common.resnet import resnet
 from common.vit import ViT, vit
 from tests import helpers
@@ -471,7 +478,7 @@ BROKEN = {
     "a swin": (head("patch_embed.proj.weight", "layers.0.blocks.0.attn.qkv.weight"), ["no backbone found"]),
     "a text model": ({"model": head("embeddings.word.weight", "encoder.layer.0.key.weight")}, ["no backbone found"]),
     "only a head": ({"epoch": 1, "state_dict": head("module.linear.weight")},
-        ["no backbone found", "the tensors of state_dict are linear.weight"]),
+        ["no backbone found", "the names in state_dict are linear.weight"]),
     "a convolutional stem": (
         {k: v for k, v in under("", SMALL).items() if "patch_embed" not in k} | head("patch_embed.proj.0.weight"),
         ["only 16/18 tensors match vit_small: patch_embed.proj.weight missing", "embed.proj.0.weight unexpected"]),
@@ -574,31 +581,264 @@ def test_evaluation_of_a_published_file(tmp_path, capsys):
     assert (result["method"], result["arch"], result["width"], result["image_size"]) == ("MoCo", "resnet18", 0.125, 16)
 
 
-def test_class_that_is_not_installed(tmp_path, capsys):
-    """Trust does not help where the object's library is missing."""
-    file = tmp_path / "a.pth"
+def test_classes_that_are_not_installed(tmp_path, capsys, monkeypatch):
+    """Objects of other libraries beside the weights, saved where their library was: with trust they are left out."""
+    module = types.ModuleType("not_here_any_more")
+    for base in (nn.Module, dict, list):
+        kind = type(f"A{base.__name__}", (base,), {"__module__": module.__name__})
+        setattr(module, kind.__name__, kind)
+    memory = module.AModule()
+    memory.register_buffer("memory", torch.ones(3))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    config = module.Adict(a=module.Alist([1, {"b": 2}]), c={module.Adict: 1})
+    content = {"epoch": 3, "state_dict": under("module.", BASIC), "lemniscate": memory, "config": config}
+    files = [tmp_path / "new.pth", tmp_path / "old.pth"]
+    for zipped, file in enumerate(files):
+        torch.save(content, file, _use_new_zipfile_serialization=not zipped)
+    monkeypatch.delitem(sys.modules, module.__name__)
+    for file in files:
+        assert "it holds not_here_any_more.AModule" in refused(capsys, file)
+        backbone, meta = load_backbone(file, trust_pickle=True)
+        assert same(backbone, BASIC) and meta["method"] == "NPID"
     file.write_bytes(b"\x80\x02cyacs_is_not_here.config\nCfgNode\n.")
     assert "cannot be read: " in refused(capsys, file, trust_pickle=True)
 
 
+def test_whole_networks(tmp_path, capsys):
+    """Pickled with their class, which needs trust, as TorchScript does."""
+    network = lively(torchvision.models.resnet18())
+    torch.save(network, tmp_path / "whole.pth")
+    torch.jit.script(network).save(tmp_path / "script.pt")
+    network.fc = nn.Identity()
+    for name, held in (("whole.pth", "torchvision.models.resnet.ResNet"), ("script.pt", "a TorchScript program")):
+        assert f"cannot be read safely: it holds {held}" in refused(capsys, tmp_path / name)
+        backbone, _ = load_backbone(tmp_path / name, trust_pickle=True)
+        close(backbone, network)
+
+
 def test_damaged_files(tmp_path, capsys):
-    path = tmp_path / "part.pth"
-    torch.save({"state_dict": under("module.encoder_q.", STEM)}, path)
+    path, weights = tmp_path / "part.pth", {"state_dict": under("module.encoder_q.", STEM)}
+    torch.save(weights, path)
     whole = path.read_bytes()
-    torch.save(STEM.state_dict(), path, _use_new_zipfile_serialization=False)
-    legacy = path.read_bytes()
-    for part in (
-        b"",
-        whole[: len(whole) // 2],
-        whole[:-30],
-        legacy[:-100],
-        legacy[:500],
-        b"PK\x03\x04 no zip",
-        b"\x80\x02",
+    torch.save(weights, path, _use_new_zipfile_serialization=False)
+    old = path.read_bytes()
+    with open(path, "wb") as file:
+        write_safetensors(STEM.state_dict(), file)
+    tensors = path.read_bytes()
+    for data in (whole, old, tensors):
+        for size in (*range(40, 2000, 97), len(data) // 2, len(data) - 100, len(data) - 1):
+            path.write_bytes(data[:size])
+            assert f"part.pth is cut short (a broken download?): {size} bytes" in refused(capsys, path), size
+    for content, text in (
+        (b"", "is empty (0 bytes)"),
+        (b"PK\x03\x04 no zip", "is cut short"),
+        (b"\x80\x02", "is cut short"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "is a Git LFS pointer"),
+        (b"\xef\xbb\xbf\n<!DOCTYPE html><html>Sign in</html>", "is a web page"),
+        (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "is a web page"),
+        (b'{"message": "Not found"}', "is not a checkpoint but text"),
+        ("Zugriff \u00fcberschritten".encode(), "is not a checkpoint but text"),
+        (b"\0" * 4096, "begins with zeros"),
+        (b"\x1f\x8b\x08" + b"\0" * 99, "is an archive: unpack it"),
+        (b"\x89HDF\r\n\x1a\n" + b"\0" * 99, "is an HDF5 file"),
+        (pickle.dumps({"a": 1}, 2), "is not a checkpoint that can be read safely: Invalid magic number"),
+        (pickle.dumps({"a": 1}, 4), "is not a checkpoint that can be read safely: Unsupported operand 149"),
     ):
-        path.write_bytes(part)
-        assert "part.pth" in refused(capsys, path)
-    path.write_text("not a checkpoint")
-    assert "is not a checkpoint" in refused(capsys, path)
+        path.write_bytes(content)
+        assert f"part.pth {text}" in refused(capsys, path)
+    np.savez(tmp_path / "a.npz", a=np.ones(3))
+    assert "is a zip archive of a.npy, not a checkpoint" in refused(capsys, tmp_path / "a.npz")
+    with tarfile.open(tmp_path / "a.tar", "w") as file:
+        file.add(path, "part.pth")
+    assert "is an archive: unpack it" in refused(capsys, tmp_path / "a.tar")
     assert "no such file" in refused(capsys, tmp_path / "missing.pth")
     assert "is a folder: name the file in it" in refused(capsys, tmp_path)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_damage_to_the_weights_ends_with_one_line(seed, tmp_path, capsys):
+    """Tensors that are missing, of another shape, of another name or no tensors: refused, or nothing was changed."""
+    torch.manual_seed(seed)
+    for network, build in ((BASIC, dict), (SCALED, dict), (LEARNED, transformers), (STEM, lightly)):
+        weights = build(network) if build is not dict else network.state_dict()
+        for _ in range(6):
+            broken = dict(weights)
+            for i in torch.randperm(len(weights))[: int(torch.randint(1, 9, ()))]:
+                name, value = list(weights.items())[i]
+                shapes = [value[None], value.flatten()[:3], torch.zeros(0), value.new_zeros(2, *value.shape)]
+                broken[name] = [*shapes, "text", None][int(torch.randint(6, ()))]
+            line = refused(capsys, tmp_path / "a.pth", {"state_dict": broken})
+            assert "a.pth: " in line
+
+
+# ------------------------------------------------------------------------------------- safetensors, Hugging Face
+def saved(folder, weights, name="model.safetensors", **config):
+    folder.mkdir(exist_ok=True)
+    with open(folder / name, "wb") as file:
+        write_safetensors(weights, file)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_folders_of_hugging_face(tmp_path, capsys):
+    """A file, or its folder, with what is written beside it: heads, mean and standard deviation."""
+    network = lively(ViT(96, 2, 3, 8, 32, "learned"))
+    folder = saved(tmp_path / "vit", transformers(network) | head("pooler.dense.weight"), num_attention_heads=3)
+    (folder / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.4, 0.3], "image_std": [0.1, 0.2, 0.3]}')
+    for path in (folder, folder / "model.safetensors"):
+        backbone, meta = load_backbone(path)
+        assert same(backbone, network) and meta["mean"] == [0.5, 0.4, 0.3] and meta["std"] == [0.1, 0.2, 0.3]
+    out = capsys.readouterr().out
+    assert "3 heads, tensors" in out and "normalised" not in out
+    shutil.copy(folder / "model.safetensors", tmp_path / "alone.safetensors")
+    assert "number of heads is not known" in refused(capsys, tmp_path / "alone.safetensors")
+    usual = {"mean": [0.5] * 3, "std": [0.5] * 3}
+    _, meta = load_backbone(saved(tmp_path / "timm", LEARNED.state_dict(), pretrained_cfg=usual))
+    assert meta["mean"] == meta["std"] == [0.5] * 3
+    for text in ("[1, 2]", "no json", '{"image_mean": "x", "image_std": [1], "num_attention_heads": "x"}'):
+        (tmp_path / "timm" / "config.json").write_text(text)
+        assert load_backbone(tmp_path / "timm")[1]["mean"] == IMAGENET["mean"]
+    folder = saved(tmp_path / "act", transformers(LEARNED), num_attention_heads=3, hidden_act="gelu_new")
+    assert "config.json has hidden_act gelu_new" in refused(capsys, folder)
+    folder = saved(tmp_path / "caffe", transformers(RESNET), downsample_in_bottleneck=True)
+    assert "config.json has downsample_in_bottleneck True" in refused(capsys, folder)
+
+
+def test_weights_in_several_files(tmp_path, capsys):
+    weights = transformers(RESNET)
+    first = {k: v for k, v in weights.items() if "stages.3" not in k}
+    second = {k: v for k, v in weights.items() if "stages.3" in k}
+    saved(tmp_path / "a", first, "model-00001-of-00002.safetensors")
+    saved(tmp_path / "a", second, "model-00002-of-00002.safetensors")
+    assert same(load_backbone(tmp_path / "a")[0], RESNET)
+    torch.save(weights, saved(tmp_path / "b", {}, "other.safetensors") / "pytorch_model.bin")
+    assert same(load_backbone(tmp_path / "b")[0], RESNET)
+    (tmp_path / "a" / "model-00002-of-00002.safetensors").write_text("version https://git-lfs.github.com/spec/v1")
+    assert "a holds model-00002-of-00002.safetensors, which is a Git LFS pointer" in refused(capsys, tmp_path / "a")
+
+
+def test_numbers_of_safetensors(tmp_path, capsys):
+    for kind in (torch.float16, torch.bfloat16, torch.float64):
+        weights = {k: v.to(kind) if v.is_floating_point() else v for k, v in BASIC.state_dict().items()}
+        backbone, _ = load_backbone(saved(tmp_path, weights))
+        expected = {k: v.float() for k, v in weights.items()}
+        assert all(torch.equal(v.float(), expected[k]) for k, v in backbone.state_dict().items())
+    header = json.dumps({"a": {"dtype": "F8_E4M3", "shape": [1], "data_offsets": [0, 1]}}).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"1")
+    assert "a has numbers of type F8_E4M3" in refused(capsys, tmp_path)
+
+
+# --------------------------------------------------------------------------------------------- what a file does not say
+@pytest.mark.parametrize("prefix", ["", "backbone."])
+def test_a_first_layer_of_two_channels_sees_edges(prefix, tmp_path, capsys):
+    """As MMSelfSup's DeepCluster has it, whose filter is not in the file or stands beside the network."""
+    network = lively(resnet("resnet18", 0.125, 224, input_filter=deepcluster.sobel_filter(3)))
+    weights = {k: v for k, v in under(prefix, network).items() if "input_filter" not in k}
+    content = {"state_dict": weights | head(f"{prefix}sobel_layer.sobel.0.weight"), "author": "MMSelfSup"}
+    backbone, meta = loaded(tmp_path / "a.pth", content | {"meta": {}})
+    assert torch.equal(backbone.input_filter, deepcluster.sobel_filter(3)) and meta["channels"] == 3
+    network.input_filter.copy_(deepcluster.sobel_filter(3))  # which lively had changed
+    assert same(backbone, network) and meta["method"] == "DeepCluster"
+    assert "of edges (Sobel: conv1 has 2 channels; --channels 2 if the images have two)" in capsys.readouterr().out
+    backbone, meta = load_backbone(tmp_path / "a.pth", channels=2)
+    assert backbone.input_filter is None and meta["channels"] == 2 and meta["method"] != "DeepCluster"
+    assert "--channels 1" in refused(capsys, tmp_path / "a.pth", channels=1)
+
+
+def test_copies_are_named_and_can_be_chosen(tmp_path, capsys):
+    cut = dict(list(under("", BASIC, 1.0).items())[:3])
+    content = {"state_dict": under("", BASIC), "state_dict_ema": under("", BASIC, 2.0), "last": {"model": cut}}
+    assert same(loaded(tmp_path / "a.pth", content)[0], BASIC)
+    assert (
+        "taken is state_dict; the file also has state_dict_ema, last.model (--pretrained-key" in capsys.readouterr().out
+    )
+    backbone, _ = load_backbone(tmp_path / "a.pth", key="state_dict_ema")
+    assert torch.equal(backbone.bn1.bias, BASIC.bn1.bias + 2)
+    assert "no whole backbone under --pretrained-key last; there is state_dict" in refused(
+        capsys, tmp_path / "a.pth", key="last"
+    )
+    init_from(tmp_path / "a.pth", Method(resnet("resnet18", 0.125, 224)))
+    assert "(export.py --pretrained-key takes another)" in capsys.readouterr().out
+    loaded(tmp_path / "a.pth", {"state_dict": under("backbone.", BASIC) | under("encoder_q.0.", BASIC)})
+    assert "taken is" not in capsys.readouterr().out, "one network under two names"
+    content = {"state_dict": under("module.encoder_q.", BASIC) | under("module.encoder_k.", BASIC, 1.0)}
+    torch.save(content, tmp_path / "a.pth")
+    backbone, meta = load_backbone(tmp_path / "a.pth", key="encoder_k")
+    assert torch.equal(backbone.bn1.bias, BASIC.bn1.bias + 1) and meta["method"] == "unknown"
+
+
+def test_copies_in_our_own_files(tmp_path):
+    """The target network of a run has the settings of the backbone."""
+    model = {"backbone." + k: v for k, v in LEARNED.state_dict().items()} | under("target.", LEARNED, 1.0)
+    meta = {"method": "byol", "arch": "vit_tiny", "mean": [0.1] * 3, "std": [0.2] * 3, **LEARNED.config}
+    torch.save({"model": model, "backbone_prefix": "backbone.", "meta": meta}, tmp_path / "last.pt")
+    assert same(load_backbone(tmp_path / "last.pt")[0], LEARNED)
+    backbone, told = load_backbone(tmp_path / "last.pt", key="target")
+    assert (
+        torch.equal(backbone.norm.bias, LEARNED.norm.bias + 1)
+        and told["method"] == "byol"
+        and told["mean"] == [0.1] * 3
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(value, tmp_path, capsys):
+    weights = under("", BASIC)
+    weights["layer2.0.bn1.bias"] = weights["layer2.0.bn1.bias"].clone()
+    weights["layer2.0.bn1.bias"][1] = value
+    words = "layer2.0.bn1.bias holds numbers that are not finite"
+    assert words in refused(capsys, tmp_path / "a.pth", {"model": weights})
+    assert words in helpers.refused(capsys, init_from, tmp_path / "a.pth", Method(resnet("resnet18", 0.125, 224)))
+
+
+def test_unusual_depth_is_named(tmp_path, capsys):
+    loaded(tmp_path / "a.pth", lively(ViT(384, 11, 6, 8, 32)).state_dict())
+    assert "vit_small, 11 blocks instead of 12, patches of 8" in capsys.readouterr().out
+
+
+def test_given_mean_and_deviation(tmp_path, capsys):
+    torch.save(LEARNED.state_dict(), tmp_path / "a.pth")
+    _, meta = load_backbone(tmp_path / "a.pth", mean=[0.5], std=[0.1, 0.2, 0.3])
+    assert meta["mean"] == [0.5] * 3 and meta["std"] == [0.1, 0.2, 0.3]
+    assert "normalised" not in capsys.readouterr().out
+    assert "--mean: 2 numbers for images of 3 channels" in refused(capsys, tmp_path / "a.pth", mean=[0.5, 0.5])
+    _, meta = load_backbone("random", "resnet18", 0.125, 32, channels=1, mean=[0.5], std=[0.5])
+    assert meta["mean"] == meta["std"] == [0.5]
+    words = ["--pretrained", tmp_path / "a.pth", *"--data fake:64 --k 5 --workers 0 --mean 0.5 --std 0.5".split()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        assert main("eval_knn", *words)["method"] == "unknown"
+
+
+# ------------------------------------------------------------------------------------------------- why --init refuses
+def test_init_says_why_and_what_would_help(tmp_path, capsys):
+    for file, model, words in (
+        (resnet("resnet18", 0.125, 224), resnet("resnet18", 0.125, 64),
+            "images of at most 64 px get a 3x3 stem, the file has 7x7: --image-size 96; only 119/120"),
+        (STEM, resnet("resnet18", 0.125, 96), "images above 64 px get a 7x7 stem, the file has 3x3: --image-size 64"),
+        (BASIC, resnet("resnet50", 0.125, 96), "the file has resnet18, this model is resnet50: --arch resnet18"),
+        (BASIC, resnet("resnet18", 0.25, 96), "the file has width 0.125, this model 0.25: --width 0.125"),
+        (BASIC, resnet("resnet18", 0.125, 96, channels=4), "for images of 3 channels, this model for 4: --channels 3"),
+        (LEARNED, resnet("resnet18", 0.125, 96), "the file has vit_tiny, this model is resnet18: --arch vit_tiny"),
+        (LEARNED, vit("vit_tiny", 32, patch_size=4, depth=2), "patches of 8 pixels, this model of 4: --patch-size 8"),
+        (LEARNED, vit("vit_tiny", 32, patch_size=8, depth=3), "the file has 2 blocks, this model 3: --depth 2"),
+        (BASIC, resnet("resnet18", 0.125, 96, input_filter=deepcluster.sobel_filter(3)), "through a fixed filter"),
+    ):  # fmt: skip
+        torch.save(file.state_dict(), tmp_path / "a.pth")
+        assert words in helpers.refused(capsys, init_from, tmp_path / "a.pth", Method(model))
+
+
+@pytest.mark.parametrize("build", [lambda c: resnet("resnet18", 0.125, 32, channels=c),
+    lambda c: vit("vit_tiny", 32, patch_size=8, depth=1, channels=c)])  # fmt: skip
+def test_init_adapts_the_first_layer(build, tmp_path, capsys):
+    """Grey images give what they gave as three equal channels; three channels give what their mean gave."""
+    colour, grey = lively(build(3)), lively(build(1))
+    for file, channels in ((colour, 1), (grey, 3), (grey, 5)):
+        torch.save(file.state_dict(), tmp_path / "a.pth")
+        model = Method(build(channels))
+        init_from(tmp_path / "a.pth", model)
+        images = IMAGES[:, :1].expand(-1, channels, -1, -1) * torch.rand(channels)[:, None, None]
+        same_there = images.expand(-1, 3, -1, -1) if channels == 1 else images.mean(1, keepdim=True)
+        torch.testing.assert_close(model.backbone.eval()(images), file(same_there), rtol=1e-4, atol=1e-4)
+        was = 3 if file is colour else 1
+        assert f"first layer for {channels} channels instead of {was}" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import argparse
 import hashlib
+import json
 import pickle
 
 import numpy as np
@@ -163,6 +164,38 @@ def test_round_trip_and_equal_bytes(tmp_path, capsys):
     assert "width 0.125: every layer has 0.125 times" in out
 
 
+def test_safetensors(moco, tmp_path):
+    """Against the format's description: a length, JSON, and the numbers, which are read again here and by others."""
+    network, file = moco
+    out = run(file, "torchvision", tmp_path / "model.safetensors")
+    data = out.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header, numbers = json.loads(data[8 : 8 + size]), data[8 + size :]
+    assert header.pop("__metadata__") == {"format": "pt"} and (8 + size) % 8 == 0
+    own = network.state_dict()
+    assert header.keys() == own.keys()
+    ends = 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = entry["data_offsets"]
+        assert begin == ends and begin % own[name].itemsize == 0, "without gaps, aligned"
+        kind = {"F32": np.float32, "I64": np.int64}[entry["dtype"]]
+        assert np.array_equal(np.frombuffer(numbers[begin:end], kind).reshape(entry["shape"]), own[name].numpy()), name
+        ends = end
+    assert ends == len(numbers)
+    backbone, _ = load_backbone(out)
+    assert torch.equal(backbone.eval()(IMAGES), network(IMAGES))
+    assert run(file, "timm", tmp_path / "again.safetensors").read_bytes() == data
+
+
+def test_one_of_several_copies(tmp_path, capsys):
+    first, second = resnet("resnet18", 0.125, 32), resnet("resnet18", 0.125, 32)
+    torch.save({"state_dict": first.state_dict(), "state_dict_ema": second.state_dict()}, tmp_path / "two.pth")
+    for network, more in ((first, []), (second, ["--pretrained-key", "state_dict_ema"])):
+        written = torch.load(run(tmp_path / "two.pth", "timm", tmp_path / "a.pth", *more), weights_only=True)
+        assert torch.equal(written["conv1.weight"], network.conv1.weight)
+    assert "the file also has state_dict_ema (--pretrained-key takes another)" in capsys.readouterr().out
+
+
 def test_command_line(moco, tmp_path):
     words = ["--pretrained", moco[1], "--to", "torchvision", "--out", tmp_path / "new" / "a.pth"]
     done = command("export.py", *words, check=0)
@@ -176,8 +209,12 @@ def test_mistakes_end_with_one_line(tmp_path, capsys):
     torch.save(vit("vit_tiny", 32, patch_size=8, depth=1).state_dict(), file)
     for target, name in (("detectron2", "a.pkl"), ("mmdet", "a.pth")):
         assert f"--to {target}" in refused(capsys, run, file, target, tmp_path / name)
-    assert "detectron2 reads .pkl" in refused(capsys, run, file, "detectron2", tmp_path / "a.pth")
-    assert "detectron2 reads .pkl" in refused(capsys, run, file, "timm", tmp_path / "a.pkl")
+    assert "for detectron2 the name must end in .pkl" in refused(capsys, run, file, "detectron2", tmp_path / "a.pth")
+    for name in ("a.pkl", "a.onnx", "a.npz", "a"):
+        assert f"{name}: for timm the name must end in .pth or .pt" in refused(
+            capsys, run, file, "timm", tmp_path / name
+        )
+    assert "for mmdet" in refused(capsys, run, file, "mmdet", tmp_path / "a.safetensors")
     assert "choose another name" in refused(capsys, run, file, "timm", file)
     assert "no such file" in refused(capsys, run, "random", "timm", tmp_path / "a.pth")
     assert "--arch resnet18" in refused(capsys, run, file, "timm", tmp_path / "a.pth", "--arch", "resnet18")

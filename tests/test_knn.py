@@ -10,13 +10,14 @@ from sklearn.neighbors import KNeighborsClassifier
 
 import eval_knn
 from common.augment import EvalView
+from common.checkpoint import load_backbone
 from common.datasets import Fake, open_labelled
 from common.features import Features, broken_rows, extract
 from common.knn import knn, knn_monitor, nearest
 from common.loader import eval_batches
 from common.resnet import resnet
 from common.vit import vit
-from tests.helpers import SMALL, launch, logged, main, refused, rows, write_vit
+from tests.helpers import SMALL, launch, logged, main, refused, rows, state, train, write_vit
 
 
 # ---------------------------------------------------------------------------------------------------- features
@@ -186,8 +187,7 @@ def write_resnet(path, mean=0.5, std=0.25, damaged=False):
     torch.manual_seed(0)
     weights = resnet(*SMALL).state_dict()
     if damaged:
-        for value in weights.values():
-            value.fill_(math.nan if value.is_floating_point() else 0)
+        weights["layer4.1.bn2.weight"].fill_(3e38)  # finite, but nothing that is computed with it
     meta = {"method": "simsiam", "arch": SMALL[0], "width": SMALL[1], "image_size": SMALL[2], "channels": 3}
     torch.save({"backbone": weights, "meta": meta | {"mean": [mean] * 3, "std": [std] * 3}}, path)
     return path
@@ -272,3 +272,20 @@ def test_results_of_other_settings_stay(tmp_path, capsys):
     assert [entry["args"]["k"] for entry in entries] == ["[1]", "[5]"]
     assert json.loads((tmp_path / "eval_knn.json").read_text()) == results[1]
     assert f"{tmp_path}/evaluations.jsonl" in capsys.readouterr().out
+
+
+def test_embedding_is_that_of_the_linear_projector(tmp_path, capsys):
+    """Of npid.py's last.pt: features times its matrix, by hand; refused where there is none."""
+    train("npid", tmp_path, "--max-steps", 1)
+    weights, _ = load_backbone(tmp_path / "last.pt")
+    layer = state(tmp_path)["model"]
+    words = ["--data", "fake:64", "--image-size", "16", "--k", "3", "--workers", "0", "--out", str(tmp_path)]
+    found = main("eval_knn", "--pretrained", tmp_path / "last.pt", "--embedding", *words)["knn"]
+    sets = open_labelled("fake:64")
+    view = EvalView(16)
+    (bank, labels), (queries, targets) = (extract(weights, s, view, torch.device("cpu"), 0) for s in sets)
+    bank, queries = (x @ layer["projector.weight"].T + layer["projector.bias"] for x in (bank, queries))
+    top1, top5 = knn(bank, labels, queries, targets, (3,))[3]
+    assert (found["3"]["top1"], found["3"]["top5"]) == (round(top1, 3), round(top5, 3))
+    words = [main, "eval_knn", "--pretrained", tmp_path / "backbone.pt", "--embedding", *words]
+    assert "the last.pt of npid.py does" in refused(capsys, *words)
