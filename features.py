@@ -27,7 +27,7 @@ from common.augment import EvalView
 from common.checkpoint import load_pretrained
 from common.datasets import open_split
 from common.distributed import any_process, barrier, end_processes, is_main, print0
-from common.features import Features
+from common.features import Features, usual_interpolation
 from common.files import atomic, make_folder, result_folder, temporary
 from common.loader import eval_batches, eval_share
 from common.log import bar
@@ -103,7 +103,8 @@ def main(args):
     backbone, meta = load_pretrained(args)
     amp, _, dtype = precision(args.precision, device)
     model = Features(backbone, args.features).to(device, dtype, memory_format=torch.channels_last)
-    view = EvalView(meta["image_size"], mean=tuple(meta["mean"]), std=tuple(meta["std"]))
+    how = {"interpolation": usual_interpolation(backbone), "mean": tuple(meta["mean"]), "std": tuple(meta["std"])}
+    view = EvalView(meta["image_size"], **how)
     dataset = open_split(args, meta["channels"])
     print0(f"data        {args.data}: {len(dataset):,} images, {view.size} px, {', '.join(model.names)}")
     out = make_folder(args.out or result_folder(args.pretrained) / "features")

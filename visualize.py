@@ -33,7 +33,7 @@ from common.augment import EvalView
 from common.checkpoint import load_pretrained
 from common.datasets import Subset, open_split
 from common.distributed import end_processes, is_main, print0
-from common.features import Features, extract
+from common.features import Features, extract, usual_interpolation
 from common.files import atomic, make_folder, result_folder
 from common.images import BadImage, to_tensor
 from common.knn import nearest
@@ -245,7 +245,8 @@ def main(args):
     backbone, meta = load_pretrained(args)
     amp, _, dtype = precision(args.precision, device)
     model = Features(backbone, args.features).to(device, dtype, memory_format=torch.channels_last)
-    view = EvalView(meta["image_size"], mean=tuple(meta["mean"]), std=tuple(meta["std"]))
+    how = {"interpolation": usual_interpolation(backbone), "mean": tuple(meta["mean"]), "std": tuple(meta["std"])}
+    view = EvalView(meta["image_size"], **how)
     dataset = open_split(args, meta["channels"])
     n, labels = len(dataset), dataset.labels
     both = not (args.tsne or args.neighbours)

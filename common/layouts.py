@@ -227,7 +227,7 @@ def candidates(state, key=None):
             weights, name = _renamed(part, naming.renames), layout.name
             if naming.family == "vit" and not weights.keys() & {"cls_token", "pos_embed", "patch_embed.proj.weight"}:
                 continue  # a stage of another network
-            if _reads_edges(weights):
+            if not own and _reads_edges(weights):
                 weights, name = weights | {"input_filter": EDGES}, "DeepCluster"
             meta, words = own.meta if own else _told(state), set(re.split("[._]", place))
             entry = Found(name, naming.family, weights, place, naming, layout, _total(tensors), meta)

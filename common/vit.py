@@ -37,7 +37,11 @@ def sincos(dim, grid, order="xy"):
 
 
 def resize_positions(table, old, new):
-    """Positions (1, 1 + rows * columns, dim) of a grid `old`, the class token's first, for a grid `new`: bicubic."""
+    """Positions (1, 1 + rows * columns, dim) of a grid `old`, the class token's first, for a grid `new`: bicubic.
+
+    Some projects scale by (new + 0.1) / old, which shifts what is read a little: with their weights, features of images
+    of another size differ from theirs by some thousandths.
+    """
     if tuple(old) == tuple(new):
         return table
     maps = table[:, 1:].reshape(1, *old, -1).permute(0, 3, 1, 2)

@@ -46,7 +46,7 @@ def state(out):
 
 
 def losses(out):
-    (path,) = out.glob("*.jsonl")
+    (path,) = (p for p in out.glob("*.jsonl") if p.name != "evaluations.jsonl")
     return {step: record["loss"] for step, record in helpers.records(out, path.name).items()}
 
 

@@ -72,6 +72,19 @@ def test_resizing_positions():
     np.testing.assert_allclose(resized[0, 1:].view(6, 10, 8).numpy(), maps, atol=1e-12)
 
 
+def test_positions_of_projects_that_add_a_tenth():
+    """They scale by (new + 0.1) / old: the features of a network differ from theirs by some thousandths."""
+    model, images = tiny(image_size=148, dim=48, positions="learned").eval(), rows(2, 3, 64, 64)
+    own, table = model(images), model.pos_embed
+    maps = table[:, 1:].unflatten(1, (37, 37)).permute(0, 3, 1, 2)
+    maps = torch.nn.functional.interpolate(maps, scale_factor=(16 + 0.1) / 37, mode="bicubic")
+    assert maps.shape[2:] == (16, 16)
+    theirs = tiny(image_size=64, dim=48, positions="learned").eval()
+    theirs.load_state_dict(model.state_dict() | {"pos_embed": torch.cat([table[:, :1], maps.flatten(2).mT], 1)})
+    share = (theirs(images) - own).abs().max() / own.abs().max()
+    assert 0 < share < 0.01
+
+
 def test_any_image_size_with_whole_patches():
     model = tiny()
     assert model(rows(2, 3, 16, 16)).shape == (2, 24)
