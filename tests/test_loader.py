@@ -256,6 +256,7 @@ def loading_processes():
 
 
 def test_a_process_gives_the_batches_of_threads(images, monkeypatch):
+    gc.collect()  # ends those of earlier tests
     views, before = [VIEW, EvalView(20)], loading_processes()
     one = Loader(images, views, 8, seed=1, workers=2)
     assert isinstance(one.pool.filler, process.Process) and len(loading_processes()) == len(before) + 1
@@ -269,7 +270,7 @@ def test_a_process_gives_the_batches_of_threads(images, monkeypatch):
     assert equal(seen(Loader(images, views, 8, seed=1, workers=2), epoch=1), found)
     del one, other, batches
     gc.collect()
-    assert loading_processes() == before
+    assert set(loading_processes()) <= set(before)
 
 
 class Odd(Exception):
