@@ -364,7 +364,7 @@ def build_backbone(found, path, arch=None, width=None, image_size=None, channels
     meta = {"method": name, "arch": shape["arch"], "width": shape["width"], "image_size": size} | usual
     meta |= getattr(backbone, "config", {}) | told | per_channel(dict(given), meta["channels"])
     meta |= {"image_size": image_size} if image_size else {}
-    method = f"unknown method (names of {found.naming.name})" if name == "unknown" else meta["method"]
+    method = meta["method"] if meta["method"] != "unknown" else f"unknown method (names of {found.naming.name})"
     print0(f"pretrained  {path}: {method}, {meta['arch']}{kind}, tensors matched {matched}/{needed}")
     if not {"mean", "std"} <= {*told, *given}:
         which = "ImageNet's mean and standard deviation" if meta["channels"] == 3 else "mean 0.5 and deviation 0.25"

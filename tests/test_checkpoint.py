@@ -23,7 +23,7 @@ from common.formats import write_safetensors
 from common.resnet import resnet
 from common.vit import ViT, vit
 from tests import helpers
-from tests.helpers import different, main, parsed, state
+from tests.helpers import different, main, parsed, state, train
 
 
 def lively(network, seed=0):
@@ -842,3 +842,11 @@ def test_init_adapts_the_first_layer(build, tmp_path, capsys):
         torch.testing.assert_close(model.backbone.eval()(images), file(same_there), rtol=1e-4, atol=1e-4)
         was = 3 if file is colour else 1
         assert f"first layer for {channels} channels instead of {was}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["backbone.pt", "last.pt"])
+def test_our_own_files_name_their_method(tmp_path, capsys, name):
+    train("byol", tmp_path, "--max-steps", 1)
+    capsys.readouterr()
+    _, meta = load_backbone(tmp_path / name)
+    assert meta["method"] == "byol" and f"{name}: byol, resnet18" in capsys.readouterr().out
