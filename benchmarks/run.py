@@ -26,6 +26,7 @@ JOBS = {  # name of the log: (flags, after the script where it has another name;
     "linear": ("--image-size 128", "three protocols at most 1.3x one"),
     "mae": ("--arch vit_small", "fewer seconds per step than encoding all tokens; one view at least 3x torchvision"),
     "sinkhorn": ("", "compared with the usual forms"),
+    "launch": ("", "the loop launches at least 60 % as fast beside the loading process as alone"),
     "relative_loc": ("", "nine patches at least 1.6x eight pairs"),
     "step": ("", "every method's step beside the passes through its networks"),
     "startup": ("", "a million files listed within seconds from the second start on"),
