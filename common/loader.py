@@ -198,6 +198,8 @@ class Pool:
         self.slots = [_Slot(min(batch, len(dataset)), specs, dataset, self.device) for _ in range(AHEAD + 1)]
         fill = functools.partial(_fill, self.slots, dataset, specs, max_bad)
         own = workers and batches > FEW and process.POSSIBLE
+        if workers and batches == math.inf and not own:
+            print0("note        this platform starts no loading process: threads load beside the training loop")
         self.filler = (process.Process if own else process.Threads)(fill, workers)
 
     def run(self, jobs):

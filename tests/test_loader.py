@@ -255,7 +255,7 @@ def loading_processes():
     return [int(p) for p in found if Path(f"/proc/{p}/stat").read_text().rpartition(")")[2].split()[0] != "Z"]
 
 
-def test_a_process_gives_the_batches_of_threads(images, monkeypatch):
+def test_a_process_gives_the_batches_of_threads(images, monkeypatch, capsys):
     gc.collect()  # ends those of earlier tests
     views, before = [VIEW, EvalView(20)], loading_processes()
     one = Loader(images, views, 8, seed=1, workers=2)
@@ -266,8 +266,10 @@ def test_a_process_gives_the_batches_of_threads(images, monkeypatch):
     batches.close()  # what was asked for ahead is forgotten
     found = seen(one, epoch=1)
     assert equal(seen(other, epoch=1), found)
+    capsys.readouterr()
     monkeypatch.setattr(process, "POSSIBLE", False)
     assert equal(seen(Loader(images, views, 8, seed=1, workers=2), epoch=1), found)
+    assert "this platform starts no loading process" in capsys.readouterr().out
     del one, other, batches
     gc.collect()
     assert set(loading_processes()) <= set(before)
