@@ -42,7 +42,7 @@ from common.args import Parser, at_least, below_one, fail, number, positive, pro
 from common.augment import FLIP, JITTER, EvalView, View, to_device
 from common.checkpoint import load_pretrained
 from common.datasets import open_labelled
-from common.distributed import end_processes, print0, process_mean, rank, world_size
+from common.distributed import print0, process_mean, rank, world_size
 from common.files import result_folder
 from common.loader import eval_batches
 from common.log import facts, report
@@ -377,9 +377,7 @@ def main(args):
     result = facts(args, meta, data, test) | {"recipe": args.recipe}
     result |= {k: getattr(args, k) for k in ("epochs", "batch_size", "weight_decay", "freeze", "seed", "lr", "head_lr")}
     result |= {**history[-1], **{f"best_{k}": best[k] for k in ("top1", "top5", "epoch")}}
-    report(args, "finetune", result)
-    end_processes()
-    return result
+    return report(args, "finetune", result)
 
 
 if __name__ == "__main__":

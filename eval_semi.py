@@ -43,7 +43,7 @@ from common.args import Parser, at_least, below_one, fail, positive, probability
 from common.augment import EvalView, View
 from common.checkpoint import load_pretrained
 from common.datasets import Subset, open_labelled
-from common.distributed import end_processes, print0, process_mean, rank, world_size
+from common.distributed import print0, process_mean, rank, world_size
 from common.files import result_folder
 from common.loader import eval_batches
 from common.log import facts, report
@@ -317,9 +317,7 @@ def main(args):
     result = facts(args, meta, data, test) | {"labels": labels}
     result |= {k: getattr(args, k) for k in ("epochs", "batch_size", "weight_decay", "freeze", "seed")} | best
     result |= {"grid": results} if args.grid else {}
-    report(args, "semi", result)
-    end_processes()
-    return result
+    return report(args, "semi", result)
 
 
 if __name__ == "__main__":

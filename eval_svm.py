@@ -55,7 +55,7 @@ from common.args import Parser, at_least, fail, positive, toggle
 from common.augment import WholeView
 from common.checkpoint import load_pretrained
 from common.crop import crop_resize
-from common.distributed import all_reduce, end_processes, is_main, print0, rank, world_size
+from common.distributed import all_reduce, is_main, print0, rank, world_size
 from common.features import broken_rows, extract, pool_stage
 from common.log import facts, report
 from common.optim import precision
@@ -428,9 +428,7 @@ def main(args):
             result["low_shot"][name] = {str(k): row for k, row in found.items()}
             print0(f"low-shot    {name}, {args.draws} draws ({_since(clock)})")
             show(found)
-    report(args, "svm", result)
-    end_processes()
-    return result
+    return report(args, "svm", result)
 
 
 def _since(clock):

@@ -1,7 +1,7 @@
 """Saving and loading: complete run states, exported backbones, and a loader that refuses half a network.
 
 Our files hold tensors, numbers, strings, lists and dictionaries only, so all of them load with `weights_only=True`.
-Other people's files are read by common/formats.py, and taken apart by what common/layouts.py knows of them.
+Other people's files are read by common/formats.py; the tables of common/layouts.py say what is in them.
 """
 
 import contextlib

@@ -155,7 +155,7 @@ def open_dataset(data, split, image_list=None, required=True, channels=3):
     if dataset is not None:
         dataset.channels = channels
         for i in range(0, len(dataset), -(-len(dataset) // 8)):
-            with contextlib.suppress(Exception):  # a broken file: it is told when it is loaded
+            with contextlib.suppress(Exception):  # a broken file: it is named when it is loaded
                 dataset.dtype = torch.float32 if is_deep(dataset.read(i)) else dataset.dtype
         if channels not in MODES or dataset.path(0).lower().endswith(".npy"):  # else any image can be made to fit
             try:

@@ -64,7 +64,7 @@ COPIES = {"student", "momentum", "ema", "target", "key", "k", "shadow", "old", "
 class Naming(NamedTuple):
     name: str
     family: str
-    mark: str  # the name by which it is told
+    mark: str  # a tensor name that only this naming has
     renames: dict  # pattern -> replacement, applied in this order
     stem_relu: bool = True
 

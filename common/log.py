@@ -1,4 +1,4 @@
-"""What a run tells while it goes: an opening block, one line per log step, log.jsonl, warnings, and a clean stop."""
+"""The output of a run: an opening block, one line per log step, log.jsonl, warnings, a clean stop; results as JSON."""
 
 import contextlib
 import json
@@ -283,7 +283,7 @@ def describe(args, data, loader, model, **lines):
         crops = getattr(args, "crop_min", None)
         crops = f", crops of at least {crops:.0%} (--crop-min)" if isinstance(crops, float) else ""
         print0(f"note        images of at most 64 px: 3x3 stem without pooling, no blur{crops}")
-    with contextlib.suppress(Exception):  # an image that cannot be decoded is told later
+    with contextlib.suppress(Exception):  # an image that cannot be decoded is named when it is loaded
         height, width = data[0][0].shape[1:]
         if 2 * (side := max(height, width)) <= args.image_size:
             gain = f"loses nothing and computes {(args.image_size / side) ** 2:.0f} times less"

@@ -99,7 +99,7 @@ class Process:
             with contextlib.suppress(OSError):
                 self.connection.send(())
         while self.waiting and self.close.alive:
-            with contextlib.suppress(Exception):  # the caller knows of one already, or wants to know no more
+            with contextlib.suppress(Exception):  # reported before, or of requests that no longer count
                 self.result()
         self.waiting = 0
 

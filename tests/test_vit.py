@@ -226,7 +226,7 @@ def test_path_factors():
 
 
 def test_dropped_branches_are_left_out():
-    """A sample with all factors 0 passes unchanged but for the final norm; the other one does not notice."""
+    """A sample with all factors 0 passes unchanged but for the final norm; the other one is not changed by that."""
     model, x = tiny(), rows(2, 3, 16, 16)
     only = torch.zeros(6, 2, dtype=torch.float64)
     only[2:4] = 1  # rows 2 and 3 belong to the second block

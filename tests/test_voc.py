@@ -1,4 +1,4 @@
-"""common/voc.py: labels, boxes and images of a set in Pascal VOC's layout, and what a broken one is told."""
+"""common/voc.py: labels, boxes and images of a set in Pascal VOC's layout, and the messages for a broken one."""
 
 import numpy as np
 import pytest
