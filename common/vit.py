@@ -152,20 +152,32 @@ class ViT(nn.Module):
         positions = resize_positions(self.pos_embed, self.grid, grid)
         return self.patch_embed(x) + positions[:, 1:], positions[:, :1]
 
-    def last(self, x, n=1, keep=None, paths=None):
-        """Tokens after each of the last n blocks and the final norm: a list of (B, 1 + L, dim), class token first.
-        keep: (B, K) indices of the patches that enter the blocks, in this order (default: all). paths: path_factors."""
+    def _enter(self, x, keep=None):
+        """What the first block gets: the class token and the patches (those of `keep`), with their positions."""
         x, position = self.embed(x)
         if keep is not None:
             x = x.gather(1, keep[:, :, None].expand(-1, -1, x.shape[2]))
-        x = torch.cat([(self.cls_token + position).expand(len(x), -1, -1), x], 1)
-        outputs = []
+        return torch.cat([(self.cls_token + position).expand(len(x), -1, -1), x], 1)
+
+    def last(self, x, n=1, keep=None, paths=None):
+        """Tokens after each of the last n blocks and the final norm: a list of (B, 1 + L, dim), class token first.
+        keep: (B, K) indices of the patches that enter the blocks, in this order (default: all). paths: path_factors."""
+        x, outputs = self._enter(x, keep), []
         for i, block in enumerate(self.blocks):
             part = None if paths is None else paths[2 * i : 2 * i + 2]
             again = self.checkpointing and torch.is_grad_enabled()
             x = checkpoint(block, x, part, use_reentrant=False) if again else block(x, part)
             outputs = [*outputs, x][-n:]
         return [self.norm(x) for x in outputs]
+
+    def attention(self, x):
+        """What each token of the last block attends to, by head: (B, heads, 1 + L, 1 + L), rows sum to 1."""
+        x = self._enter(x)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        block = self.blocks[-1]
+        q, k, _ = block.attn.qkv(block.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return (q @ k.transpose(2, 3) / q.shape[3] ** 0.5).softmax(3)
 
     def tokens(self, x, keep=None, paths=None):
         """All tokens after the final norm (B, 1 + L, dim), the class token first."""

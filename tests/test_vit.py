@@ -175,6 +175,18 @@ def test_last_blocks():
     torch.testing.assert_close(norms.mean(-1), torch.zeros(3, 2, 17, dtype=torch.float64), atol=1e-6, rtol=0)
 
 
+def test_attention_of_the_last_block_makes_its_output():
+    model, x = tiny(), torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    found = model.attention(x)
+    assert found.shape == (2, 3, 17, 17) and (found.sum(3) - 1).abs().max() < 1e-12
+    seen, block = [], model.blocks[-1]
+    hook = block.attn.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
+    model(x)
+    hook.remove()
+    values = block.attn.qkv(seen[0][0])[:, :, 48:].unflatten(2, (3, 8)).transpose(1, 2)  # the last third of 3 x 24
+    assert (block.attn.proj((found @ values).transpose(1, 2).flatten(2)) - seen[0][1]).abs().max() < 1e-12
+
+
 def test_keeping_all_tokens_equals_keeping_none_out():
     model, x = tiny(), rows(2, 3, 16, 16)
     everything = model.tokens(x)
