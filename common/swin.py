@@ -179,7 +179,7 @@ class Swin(nn.Module):
 
     def encode(self, x, n=1, paths=None):
         """Maps (B, h, w, D) after each of the last n blocks, of the embedded patches; those of the last stage after
-        the final norm, as in the official code of EsViT, those of other stages as they are. paths: path_factors."""
+        the final norm, those of other stages as they are. paths: path_factors."""
         outputs, i = [], 0
         for layer in self.layers:
             for block in layer.blocks:
@@ -223,8 +223,8 @@ def default_window(image_size, patch_size):
 def swin(arch, image_size=224, width=1.0, patch_size=None, window=None, depths=None, heads=None, channels=3, eps=1e-5):
     """A Swin by name. width multiplies its dimensions; depths (of the stages, of which there may be fewer) and heads
     (of the first stage, or of each) replace what the name stands for. window: of all stages, where it shrinks to a
-    smaller map, as in the official code; or one number per stage, which does not. eps: of the norms, 1e-6 in EsViT.
-    `config` of it is what a checkpoint says beside name, width and image size to build it again."""
+    smaller map, as in the official code; or one number per stage, which does not. eps: of the norms; some published
+    networks have 1e-6. `config` of it is what a checkpoint says beside name, width and image size to build it again."""
     if arch not in ARCHS:
         fail(f"--arch {arch}: unknown, expected one of {', '.join(ARCHS)}")
     dim, usual_depths, usual_heads = ARCHS[arch]
