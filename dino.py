@@ -1,5 +1,5 @@
 """DINO: Emerging Properties in Self-Supervised Vision Transformers (Caron et al., ICCV 2021, arXiv 2104.14294), for
-ViTs and for ResNets.
+ViTs, XCiTs and ResNets.
 
 A student predicts, from every crop v, what a teacher says of the two large crops i, a distribution over K outputs:
 L = mean over i = 1, 2 and v != i of  -sum_k P_t(x_i)[k] log P_s(x_v)[k],  P_s = softmax(s / T_s),
@@ -16,10 +16,12 @@ The default is the official "vanilla" ViT-S/16. Recipes by kind of network, for 
     vit           adamw  5e-4            0.04                 0.4          0.1           0.4 1       0.05 0.4
     resnet          sgd  0.03            1e-4                1e-4            0          0.14 1      0.05 0.14
 
+XCiTs (xcit_small_12, xcit_medium_24 ...) take the ViT's: the authors' settings for them were not found.
+
 Published, ImageNet, k-NN and linear top-1 (official README): ViT-S/16 69.3 and 74.0 after these 100 epochs on 8 GPUs;
 73.3 and 76.0 after 300 epochs with T_t from 0.04 to 0.07 over 30 epochs (--teacher-temp 0.07 --teacher-temp-epochs 30
---train-last-norm); the released weights: ViT-S/16 74.5 and 77.0, ViT-B/16 76.1 and 78.2, ResNet-50 67.5 and 75.3.
-Ours: not run.
+--train-last-norm); released: ViT-S/16 74.5 and 77.0, ViT-B/16 76.1 and 78.2, ResNet-50 67.5 and 75.3, XCiT-S12/16
+76.0 and 77.8. Ours: not run.
 
 Small images, small batches (nothing published by the authors): --out-dim 1024 to 8192, --teacher-momentum 0.9995 for
 256 images and fewer with long runs. Up to 64 pixels small crops have half the size and cover 0.2 to 0.4 of the image.
@@ -44,6 +46,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common import xcit
 from common.args import Parser, at_least, below_one, default_size, positive, probability, share, toggle
 from common.args import image_size as pixels
 from common.args import width as multiplier
@@ -76,11 +79,11 @@ def parse_args(argv=None):
     add("--local-crops", type=at_least(0), default=8, help="small crops per image")
     add("--local-size", type=pixels, help="their pixels (default: 3/7 of --image-size; half of it up to 64)")
     add("--flip", type=probability, default=0.5, help="probability of a mirrored view")
-    add("--arch", default="vit_small", help="vit_tiny, small, base ..., or resnet18 ... resnet152")
+    add("--arch", default="vit_small", help="vit_tiny, small ..., xcit_small_12 ..., resnet18 ... resnet152")
     add("--width", type=multiplier, default=1.0, help="multiplier of the backbone's channels")
-    add("--patch-size", type=positive(int), help="ViT: pixels (default: 16, less for small images)")
-    add("--depth", type=positive(int, 1000), help="ViT: blocks (default: by --arch)")
-    add("--drop-path", type=below_one, help="ViT: stochastic depth of the student (default: by --arch)")
+    add("--patch-size", type=positive(int), help="ViT, XCiT: pixels (default: 16, less for small images)")
+    add("--depth", type=positive(int, 1000), help="ViT, XCiT: blocks (default: by --arch)")
+    add("--drop-path", type=below_one, help="ViT, XCiT: stochastic depth of the student (default: by --arch)")
     add("--out-dim", type=at_least(2), default=65536, help="K, outputs of the head")
     add("--hidden-dim", type=positive(int), default=2048, help="hidden layers of the head")
     add("--bottleneck-dim", type=at_least(2), default=256, help="what its last layer sees")
@@ -107,7 +110,7 @@ def parse_args(argv=None):
     add("--momentum", type=below_one, default=0.9, help="of sgd and lars")
     args = parser.parse_args(argv)
     args.image_size = args.image_size or default_size(args.data)
-    kind, small = "vit" if args.arch.startswith("vit") else "resnet", args.image_size <= 64
+    kind, small = "vit" if args.arch.startswith(("vit", "xcit")) else "resnet", args.image_size <= 64
     recipe = RECIPES[kind] | (SMALL if small else {})
     usual = recipe["optimizer"]
     if args.optimizer not in (None, usual) and None in (args.lr, args.weight_decay):
@@ -117,12 +120,19 @@ def parse_args(argv=None):
     for name, value in recipe.items():
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     if kind == "resnet" and (name := next((n for n in ("patch_size", "depth", "drop_path") if getattr(args, n)), None)):
-        parser.error(f"--{name.replace('_', '-')} is for ViTs: leave it out with --arch {args.arch}")
-    patch = (args.patch_size or default_patch(args.arch, args.image_size)) if kind == "vit" else 1
+        parser.error(f"--{name.replace('_', '-')} is for ViTs and XCiTs: leave it out with --arch {args.arch}")
+    patch = args.patch_size or 1
+    if kind == "vit" and not args.patch_size:
+        patch = (
+            xcit.default_patch(args.image_size) if "xcit" in args.arch else default_patch(args.arch, args.image_size)
+        )
     near = max(1, round(args.image_size * (1 / 2 if small else 3 / 7) / patch)) * patch
     args.local_size = args.local_size or near
-    if args.local_size % patch:
-        parser.error(f"--local-size {args.local_size} is not a multiple of the patch size {patch}: try {near}")
+    for name, size in (("image", args.image_size), ("local", args.local_size)):
+        if size % patch:
+            parser.error(
+                f"--{name}-size {size} is not a multiple of the patch size {patch}: try {-(-size // patch) * patch}"
+            )
     for name in ("global", "local"):
         low, high = getattr(args, f"{name}_scale")
         if low > high:
@@ -190,12 +200,13 @@ class Head(nn.Module):
 class DINO(nn.Module):
     """Student and teacher, each a backbone with a head of the sizes in `head` (see Head), and the teacher's centre.
 
-    drop_path: largest probability that the student leaves out a branch of a block (ViTs).
+    drop_path: largest probability that the student leaves out a branch of a block.
     """
 
     def __init__(self, backbone, drop_path=0.0, **head):
         super().__init__()
         self.backbone, self.drop_path = backbone, drop_path
+        self.path_factors = xcit.path_factors if isinstance(backbone, xcit.XCiT) else path_factors
         self.head = Head(backbone.dim, **head)
         self.register_buffer("center", torch.zeros(self.head.last_layer.out_features))
         self.reset_teacher()
@@ -218,7 +229,7 @@ class DINO(nn.Module):
         self.center.lerp_(process_mean(mean), 1 - momentum)
 
     def forward(self, crops, u=None):
-        """crops: V tensors (B, 3, S, S), the two large ones first. u: uniforms (B, V, 2 depth) for stochastic depth.
+        """crops: V tensors (B, 3, S, S), the two large ones first. u: uniforms (B, V, n) for stochastic depth.
         Returns the student's outputs (V, B, K) and the teacher's (2, B, K).
 
         Crops of one size pass the backbone together, all of them the head: so far go batch-norm statistics.
@@ -226,7 +237,7 @@ class DINO(nn.Module):
         features = []
         for size in dict.fromkeys(x.shape[-1] for x in crops):
             group = [v for v, x in enumerate(crops) if x.shape[-1] == size]
-            paths = [] if u is None else [path_factors(torch.cat([u[:, v] for v in group]), self.drop_path)]
+            paths = [] if u is None else [self.path_factors(torch.cat([u[:, v] for v in group]), self.drop_path)]
             features.append(self.backbone(torch.cat([crops[v] for v in group]), *paths))
         student = self.head(torch.cat(features))
         with torch.no_grad():
@@ -299,6 +310,9 @@ def main(args):
     if args.arch.startswith("vit"):  # DINO
         shape = (args.width, args.patch_size, args.depth)
         backbone = transformer(args.arch, args.image_size, *shape, channels=args.channels)
+    elif args.arch.startswith("xcit"):
+        shape = (args.width, args.patch_size, args.depth)
+        backbone = xcit.xcit(args.arch, args.image_size, *shape, channels=args.channels)
     else:
         backbone = resnet(args.arch, args.width, args.image_size, channels=args.channels)
     head = {"out_dim": args.out_dim, "hidden_dim": args.hidden_dim, "bottleneck_dim": args.bottleneck_dim}
@@ -318,7 +332,7 @@ def main(args):
     lines["schedule"] = f"{args.optimizer}, weight decay {args.weight_decay} to {args.weight_decay_end}"
     lines["crops"] = f"2 of {args.image_size} px, {args.local_crops} of {args.local_size} px"
     net = run.start(model, optimizer, chance=chance, export=model.teacher_backbone, **lines)
-    draws = 2 * len(backbone.blocks) if args.drop_path else 0
+    draws = backbone.draws if args.drop_path else 0
 
     for epoch in run.epochs():
         heat = teacher_temp(epoch, args.teacher_temp_start, args.teacher_temp, args.teacher_temp_epochs)

@@ -144,6 +144,11 @@ class ViT(nn.Module):
         initialise(self)
         nn.init.normal_(self.cls_token, std=0.02)
 
+    @property
+    def draws(self):
+        """Uniforms per sample that `path_factors` takes: two per block."""
+        return 2 * len(self.blocks)
+
     def embed(self, x):
         """Patch tokens with their positions (B, L, dim), and the position of the class token (1, 1, dim)."""
         if x.shape[2] % self.patch_size or x.shape[3] % self.patch_size:
@@ -157,7 +162,7 @@ class ViT(nn.Module):
         x, position = self.embed(x)
         if keep is not None:
             x = x.gather(1, keep[:, :, None].expand(-1, -1, x.shape[2]))
-        return torch.cat([(self.cls_token + position).expand(len(x), -1, -1), x], 1)
+        return torch.cat([(self.cls_token + position).expand(x.shape[0], -1, -1), x], 1)
 
     def last(self, x, n=1, keep=None, paths=None):
         """Tokens after each of the last n blocks and the final norm: a list of (B, 1 + L, dim), class token first.

@@ -170,7 +170,8 @@ def test_views_are_those_of_the_paper():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--local-size", 9], "--local-size 9 is not a multiple of the patch size 4: try 16"),
+        (["--local-size", 9], "--local-size 9 is not a multiple of the patch size 4: try 12"),
+        (["--patch-size", 5], "--image-size 32 is not a multiple of the patch size 5: try 35"),
         (["--local-scale", 0.5, 0.2], "--local-scale 0.5 0.2: the least share comes first"),
         (["--teacher-temp-epochs", 200], "--teacher-temp-epochs 200 must not exceed --epochs 100"),
         (["--out-dim", 1], "--out-dim: must be at least 2"),
