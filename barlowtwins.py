@@ -38,8 +38,8 @@ from common.args import Parser, at_least, below_one, default_size, positive, pro
 from common.augment import View
 from common.distributed import all_reduce, world_size
 from common.features import output_std
+from common.networks import network
 from common.optim import LARS, cosine, param_groups
-from common.resnet import resnet
 from common.run import Run
 
 
@@ -52,7 +52,7 @@ def parse_args(argv=None):
         "--crop-min", type=share, help="smallest share of the image area in a crop (default 0.08; 0.2 up to 64 px)"
     )
     group.add_argument("--flip", type=probability, default=0.5, help="probability of a mirrored view")
-    group.add_argument("--arch", default="resnet50", help="resnet18, 34, 50, 101 or 152")
+    group.add_argument("--arch", default="resnet50", help="resnet18, 34, 50, 101, 152, torchvision:NAME or timm:NAME")
     group.add_argument("--width", type=width, default=1.0, help="multiplier of the backbone's channels")
     group.add_argument(
         "--hidden-dim", type=positive(int), help="width of the projector's hidden layers (default: --dim)"
@@ -149,7 +149,7 @@ def barlow_twins_loss(z1, z2, lambd):
 def main(args):
     run = Run(args)
     run.open(augmentation(args.image_size, args.crop_min, args.flip))
-    backbone = resnet(args.arch, args.width, args.image_size, zero_init_residual=True, channels=args.channels)
+    backbone = network(args.arch, args.width, args.image_size, zero_init_residual=True, channels=args.channels)
     model = run.place(BarlowTwins(backbone, args.hidden_dim, args.dim))
     peak, biases = (rate * args.batch_size / 256 for rate in (args.lr, args.lr_biases))
     groups = param_groups(model, args.weight_decay)  # Barlow Twins: weights; biases and norms, each with its own rate

@@ -43,8 +43,8 @@ from torch import nn
 from common.args import Parser, at_least, below_one, default_size, number, positive, probability, share, width
 from common.augment import View
 from common.features import output_std
+from common.networks import network
 from common.optim import LARS, cosine, param_groups
-from common.resnet import resnet
 from common.run import Run
 
 # -------------------------------------------------------------------------------------------------- arguments
@@ -69,7 +69,7 @@ def parse_args(argv=None):
         "--crop-min", type=share, help="smallest share of the image area in a crop (default 0.08; 0.2 up to 64 px)"
     )
     group.add_argument("--flip", type=probability, default=0.5, help="probability of a mirrored view")
-    group.add_argument("--arch", default="resnet50", help="resnet18, 34, 50, 101 or 152")
+    group.add_argument("--arch", default="resnet50", help="resnet18, 34, 50, 101, 152, torchvision:NAME or timm:NAME")
     group.add_argument("--width", type=width, default=1.0, help="multiplier of the backbone's channels")
     group.add_argument("--dim", type=positive(int), default=256, help="outputs of projector g and predictor q")
     group.add_argument("--hidden-dim", type=positive(int), default=4096, help="hidden width of projector and predictor")
@@ -179,7 +179,7 @@ def byol_loss(p1, p2, z1, z2):
 def main(args):
     run = Run(args)
     run.open(augmentation(args.image_size, args.crop_min, args.flip))
-    backbone = resnet(args.arch, args.width, args.image_size, zero_init_residual=True, channels=args.channels)
+    backbone = network(args.arch, args.width, args.image_size, zero_init_residual=True, channels=args.channels)
     model = run.place(BYOL(backbone, args.dim, args.hidden_dim))
     if args.init:
         model.reset_target()  # BYOL: the target starts as a copy

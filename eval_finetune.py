@@ -96,7 +96,7 @@ def parse_args(argv=None):
 
 def complete(args, backbone, meta):
     """The arguments with everything that was left out filled in."""
-    is_vit = not hasattr(backbone, "stages")
+    is_vit = hasattr(backbone, "tokens")
     default = "vit" if is_vit else "plain"
     recipe = args.recipe or default
     if (recipe, is_vit) not in RECIPES:
@@ -236,13 +236,13 @@ class Classifier(nn.Module):
     def __init__(self, backbone, classes, freeze=0):
         super().__init__()
         self.backbone, self.head = backbone, nn.Linear(backbone.dim, classes)
-        self.depth = 4 if hasattr(backbone, "stages") else len(backbone.blocks)
+        self.depth = 4 if hasattr(backbone, "stages") else len(getattr(backbone, "blocks", []))
         nn.init.zeros_(self.head.bias)
-        if hasattr(backbone, "stages"):
-            nn.init.normal_(self.head.weight, std=0.01)
-        else:
+        if hasattr(backbone, "tokens"):
             nn.init.trunc_normal_(self.head.weight, std=2e-5)
             backbone.norm, backbone.fc_norm, backbone.pool = nn.Identity(), nn.LayerNorm(backbone.dim, eps=1e-6), "mean"
+        else:
+            nn.init.normal_(self.head.weight, std=0.01)
         if freeze > self.depth + 1:
             fail(f"--freeze {freeze}: there are {self.depth + 1} layers below the classifier")
         for name, parameter in self.named_parameters():
@@ -262,9 +262,10 @@ class Classifier(nn.Module):
 
 
 def layer_id(name, depth):
-    """0: stem or embedding. i: stage i of a ResNet, i + 1: block i of a ViT. depth + 1: norm and classifier."""
+    """0: stem or embedding, or a library's network, whole. i: stage i of a ResNet, i + 1: block i of a ViT. depth + 1:
+    norm and classifier."""
     name = name.removeprefix("backbone.")
-    if name.startswith(("cls_token", "pos_embed", "patch_embed", "conv1.", "bn1.")):
+    if name.startswith(("cls_token", "pos_embed", "patch_embed", "conv1.", "bn1.", "network.")):
         return 0
     if name.startswith("blocks."):
         return int(name.split(".")[1]) + 1
@@ -325,7 +326,7 @@ def main(args):
     run = Run(args, "finetune")
     data, test = open_labelled(args.data, args.train_list, args.val_list, meta["channels"])
     print0(f"recipe      {args.recipe}; {len(test):,} test images")
-    is_vit, size, classes = not hasattr(backbone, "stages"), args.image_size, int(data.labels.max()) + 1
+    is_vit, size, classes = hasattr(backbone, "tokens"), args.image_size, int(data.labels.max()) + 1
     how = {"interpolation": "bicubic" if is_vit else "bilinear", "mean": tuple(meta["mean"]), "std": tuple(meta["std"])}
     view = View(size, (args.crop_min, 1.0), flip=args.flip, **how)
     test_view = EvalView(size, resize=size if size > 224 else 0, **how)

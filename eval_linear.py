@@ -146,7 +146,7 @@ def auto(method, backbone):
     positions = getattr(backbone, "config", {}).get("positions")
     if positions in fixed and method != "random":
         return fixed[positions], ""
-    guess = found[0] if found else "swav" if hasattr(backbone, "stages") else "dino"
+    guess = found[0] if found else "dino" if hasattr(backbone, "tokens") else "swav"
     why = "method unknown" + (f" ({method})" if method not in ("", "unknown") else "")
     why = "a random network has none of its own" if method == "random" else why
     return guess, f"{why}, protocol {guess} is a guess; --protocol names another"
@@ -154,14 +154,14 @@ def auto(method, backbone):
 
 def adapt(name, backbone, epochs=0, batch=0, drops=()):
     """The protocol for this backbone and with what the user replaces."""
-    protocol, resnet = PROTOCOLS[name], hasattr(backbone, "stages")
-    if name == "mocov3" and resnet:
+    protocol, is_vit = PROTOCOLS[name], hasattr(backbone, "tokens")
+    if name == "mocov3" and not is_vit:
         protocol = dataclasses.replace(protocol, lr=0.1)
-    if name == "mae" and not resnet and backbone.dim >= 1024:  # ViT-L and ViT-H
+    if name == "mae" and is_vit and backbone.dim >= 1024:  # ViT-L and ViT-H
         protocol = dataclasses.replace(protocol, epochs=50)
-    if protocol.feature == "stages" and not resnet:
+    if protocol.feature == "stages" and not hasattr(backbone, "stages"):
         fail(f"--protocol {name} reads the five stages of a ResNet, which this backbone is not")
-    if protocol.feature in ("cls", "blocks") and resnet:
+    if protocol.feature in ("cls", "blocks") and not is_vit:
         protocol = dataclasses.replace(protocol, feature="pool")
     if epochs:
         share = epochs / protocol.epochs

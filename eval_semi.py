@@ -45,6 +45,7 @@ from common.checkpoint import load_pretrained
 from common.datasets import Subset, open_labelled
 from common.distributed import print0, process_mean, rank, world_size
 from common.files import result_folder
+from common.lists import composed, read_text, split_lines
 from common.loader import eval_batches
 from common.log import facts, report
 from common.optim import cosine
@@ -89,7 +90,7 @@ def parse_args(argv=None):
 
 def complete(args, backbone, meta, labelled):
     """The arguments with everything that was left out filled in. labelled: the share of the training images."""
-    is_vit = not hasattr(backbone, "stages")
+    is_vit = hasattr(backbone, "tokens")
     known = {k: meta[k] for k in ("arch", "width", "image_size", "channels")}
     known["out"] = str(result_folder(args.pretrained, args.out))
     defaults = VIT if is_vit else RESNET | {"weight_decay": 5e-4 if labelled <= 0.05 else 1e-4}
@@ -122,13 +123,15 @@ def listed(data, path):
         fail(f"{flag}: no such file; give a list of images, or a share such as 1%")
     for i in range(len(data)):
         folder, _, name = data.path(i).rpartition("/")
-        for key in (name, f"{folder.rpartition('/')[2]}/{name}"):
+        for key in map(composed, (name, f"{folder.rpartition('/')[2]}/{name}")):
             places[key] = -1 if key in places else i
-    for number, line in enumerate(Path(path).read_text(errors="surrogateescape").splitlines(), 1):
-        name = re.sub(r" +\d+$", "", line.strip())
-        if not name or name.startswith("#"):
+    for number, line in enumerate(split_lines(read_text(path, flag)), 1):
+        line = composed(line.strip().replace("\\", "/"))
+        name = re.sub(r"[\s,;]+\d+$", "", line)
+        found = [places[key] for key in ("/".join(text.split("/")[-2:]) for text in (line, name)) if key in places]
+        if not found and (not name or name.startswith("#")):
             continue
-        i = places.get("/".join(name.split("/")[-2:]))
+        i = found[0] if found else None
         if i is None or i < 0:
             what = "is not among the training images" if i is None else "stands for several images: give class/file"
             fail(f"{flag}, line {number}: {name!r} {what}")
@@ -158,13 +161,13 @@ class Classifier(nn.Module):
     def __init__(self, backbone, classes, freeze=0):
         super().__init__()
         self.backbone, self.head = backbone, nn.Linear(backbone.dim, classes)
-        self.depth = 4 if hasattr(backbone, "stages") else len(backbone.blocks)
+        self.depth = 4 if hasattr(backbone, "stages") else len(getattr(backbone, "blocks", []))
         nn.init.zeros_(self.head.bias)
-        if hasattr(backbone, "stages"):
-            nn.init.normal_(self.head.weight, std=0.01)
-        else:
+        if hasattr(backbone, "tokens"):
             nn.init.trunc_normal_(self.head.weight, std=2e-5)
             backbone.norm, backbone.fc_norm, backbone.pool = nn.Identity(), nn.LayerNorm(backbone.dim, eps=1e-6), "mean"
+        else:
+            nn.init.normal_(self.head.weight, std=0.01)
         if freeze > self.depth + 1:
             fail(f"--freeze {freeze}: there are {self.depth + 1} layers below the classifier")
         for name, parameter in self.named_parameters():
@@ -184,9 +187,10 @@ class Classifier(nn.Module):
 
 
 def layer_id(name, depth):
-    """0: stem or embedding. i: stage i of a ResNet, i + 1: block i of a ViT. depth + 1: norm and classifier."""
+    """0: stem or embedding, or a library's network, whole. i: stage i of a ResNet, i + 1: block i of a ViT. depth + 1:
+    norm and classifier."""
     name = name.removeprefix("backbone.")
-    if name.startswith(("cls_token", "pos_embed", "patch_embed", "conv1.", "bn1.")):
+    if name.startswith(("cls_token", "pos_embed", "patch_embed", "conv1.", "bn1.", "network.")):
         return 0
     if name.startswith("blocks."):
         return int(name.split(".")[1]) + 1
@@ -251,7 +255,7 @@ def validate(run, test, view, args):
 def finetune(args, backbone, meta, data, test):
     """One run. Returns its learning rates and the accuracies at the last and at the best validation."""
     run = Run(args, "semi")
-    is_vit, classes = not hasattr(backbone, "stages"), int(data.labels.max()) + 1
+    is_vit, classes = hasattr(backbone, "tokens"), int(data.labels.max()) + 1
     how = {"interpolation": "bicubic" if is_vit else "bilinear", "mean": tuple(meta["mean"]), "std": tuple(meta["std"])}
     test_view = EvalView(args.image_size, resize=args.image_size if args.image_size > 224 else 0, **how)
     run.open([View(args.image_size, (args.crop_min, 1.0), flip=args.flip, **how)], data=data)

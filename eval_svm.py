@@ -106,6 +106,9 @@ class Levels(nn.Module):
     def __init__(self, backbone, size, names=None, channels=3):
         super().__init__()
         self.backbone = backbone.eval()
+        if not (hasattr(backbone, "stages") or hasattr(backbone, "tokens")):
+            read = "the stages of a ResNet or the tokens of a ViT are read here"
+            fail(f"--pretrained: {read}, {backbone.arch} gives pooled features: try eval_knn.py or eval_linear.py")
         with torch.no_grad():
             levels = self.levels(torch.zeros(1, channels, size, size))
         odd = [name for name in names or [] if name not in levels]

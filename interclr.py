@@ -37,8 +37,8 @@ from common.batchnorm import average_statistics, batch_norm_groups, split_batch_
 from common.distributed import gather, gather_uneven, process_mean, rank, world_size
 from common.features import extract, output_std
 from common.kmeans import kmeans
+from common.networks import network
 from common.optim import cosine, upcast
-from common.resnet import resnet
 from common.run import Run
 
 
@@ -49,7 +49,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("InterCLR")
     group.add_argument("--crop-min", type=share, default=0.2, help="smallest share of the image area in a crop")
     group.add_argument("--flip", type=probability, default=0.5, help="probability of a mirrored view")
-    group.add_argument("--arch", default="resnet50", help="resnet18, 34, 50, 101 or 152")
+    group.add_argument("--arch", default="resnet50", help="resnet18, 34, 50, 101, 152, torchvision:NAME or timm:NAME")
     group.add_argument("--width", type=width, default=1.0, help="multiplier of the backbone's channels")
     group.add_argument("--dim", type=positive(int), default=128, help="outputs of the head")
     group.add_argument("--temperature", type=positive(float), default=0.2, help="T")
@@ -244,7 +244,7 @@ def main(args):
     negatives = args.negatives or min(16384, max(1, pool * 4 // 5))
     if not negatives <= pool <= n:
         fail(f"--negatives {negatives} of a --pool of {pool} of {n} images: each must be at most the next")
-    backbone = resnet(args.arch, args.width, args.image_size, channels=args.channels)
+    backbone = network(args.arch, args.width, args.image_size, channels=args.channels)
     model = run.place(InterCLR(backbone, n, clusters, args.dim, queue, groups // world_size()), sync=False)  # groups
     if args.init:
         model.reset_target()  # MoCo

@@ -42,8 +42,8 @@ from common.augment import View, to_device
 from common.batchnorm import average_statistics, batch_norm_groups, split_batch_norm
 from common.distributed import gather, rank, world_size
 from common.features import output_std
+from common.networks import network
 from common.optim import cosine, upcast
-from common.resnet import resnet
 from common.run import Run
 
 
@@ -54,7 +54,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("MoCo")
     group.add_argument("--crop-min", type=share, default=0.2, help="smallest share of the image area in a crop")
     group.add_argument("--flip", type=probability, default=0.5, help="probability of a mirrored view")
-    group.add_argument("--arch", default="resnet50", help="resnet18, 34, 50, 101 or 152")
+    group.add_argument("--arch", default="resnet50", help="resnet18, 34, 50, 101, 152, torchvision:NAME or timm:NAME")
     group.add_argument("--width", type=width, default=1.0, help="multiplier of the backbone's channels")
     group.add_argument("--v1", action=toggle, default=False, help="MoCo v1: head, augmentation, temperature, schedule")
     group.add_argument("--dim", type=positive(int), default=128, help="outputs of the head")
@@ -185,7 +185,7 @@ def main(args):
     if not args.queue and len(data) < queue:  # MoCo: it would hold old keys of the query's own image; 1/8 epoch is safe
         queue = max(args.batch_size, 2 ** int(math.log2(1 + len(data) / 8)))
         reason = f": the usual 65,536 are more than {len(data):,} images"
-    backbone = resnet(args.arch, args.width, args.image_size, channels=args.channels)
+    backbone = network(args.arch, args.width, args.image_size, channels=args.channels)
     model = MoCo(backbone, args.dim, queue, args.head == "mlp", groups // world_size())
     model = run.place(model, sync=False)  # MoCo: batch norm by groups
     if args.init:

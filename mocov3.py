@@ -45,8 +45,8 @@ from common.args import Parser, at_least, below_one, default_size, number, posit
 from common.augment import View
 from common.distributed import gather, rank
 from common.features import output_std
+from common.networks import network
 from common.optim import LARS, cosine, param_groups
-from common.resnet import resnet
 from common.run import Run
 from common.vit import vit
 
@@ -78,7 +78,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("MoCo v3")
     group.add_argument("--crop-min", type=share, help="smallest share of the image area in a crop (default: by --arch)")
     group.add_argument("--flip", type=probability, default=0.5, help="probability of a mirrored view")
-    group.add_argument("--arch", default="resnet50", help="resnet18 ... resnet152, or vit_tiny, small, base ...")
+    group.add_argument("--arch", default="resnet50", help="resnet18 ..., vit_tiny ..., torchvision:NAME, timm:NAME")
     group.add_argument("--width", type=width, default=1.0, help="multiplier of the backbone's channels")
     group.add_argument("--patch-size", type=positive(int), help="ViT: pixels (default: 16, less for small images)")
     group.add_argument("--depth", type=positive(int, 1000), help="ViT: blocks (default: by --arch)")
@@ -228,7 +228,7 @@ def main(args):
         shape = (args.width, args.patch_size, args.depth, args.heads)
         backbone = transformer(args.arch, args.image_size, *shape, not args.train_patch_embed, args.channels)
     else:
-        backbone = resnet(args.arch, args.width, args.image_size, zero_init_residual=True, channels=args.channels)
+        backbone = network(args.arch, args.width, args.image_size, zero_init_residual=True, channels=args.channels)
     model = run.place(MoCoV3(backbone, args.dim, args.hidden_dim))
     if args.init:
         model.reset_target()  # MoCo v3: the target starts as a copy

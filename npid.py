@@ -44,8 +44,8 @@ from common.args import Parser, at_least, below_one, default_size, positive, pro
 from common.augment import View
 from common.distributed import gather, process_mean
 from common.features import output_std
+from common.networks import network
 from common.optim import upcast
-from common.resnet import resnet
 from common.run import Run
 
 
@@ -56,7 +56,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("NPID")
     group.add_argument("--crop-min", type=share, default=0.2, help="smallest share of the image area in a crop")
     group.add_argument("--flip", type=probability, default=0.5, help="probability of a mirrored view")
-    group.add_argument("--arch", default="resnet50", help="resnet18, 34, 50, 101 or 152")
+    group.add_argument("--arch", default="resnet50", help="resnet18, 34, 50, 101, 152, torchvision:NAME or timm:NAME")
     group.add_argument("--width", type=width, default=1.0, help="multiplier of the backbone's channels")
     group.add_argument("--dim", type=positive(int), default=128, help="D, outputs of the projector, kept in the bank")
     group.add_argument("--temperature", type=positive(float), default=0.07, help="tau")
@@ -193,7 +193,7 @@ def nce_lines(images, nce_k, dim, temperature):
 def main(args):
     run = Run(args)
     n = len(run.open(augmentation(args.image_size, args.crop_min, args.flip)))
-    backbone = resnet(args.arch, args.width, args.image_size, channels=args.channels)
+    backbone = network(args.arch, args.width, args.image_size, channels=args.channels)
     model = run.place(NPID(backbone, n, args.dim))
     peak = args.lr * args.batch_size / 256
     optimizer = torch.optim.SGD(model.parameters(), lr=peak, momentum=args.momentum, weight_decay=args.weight_decay)

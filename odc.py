@@ -47,7 +47,7 @@ from common.distributed import gather, gather_uneven, is_main, process_mean, ran
 from common.features import extract, output_std
 from common.files import atomic
 from common.kmeans import kmeans
-from common.resnet import resnet
+from common.networks import network
 from common.run import Run
 
 
@@ -60,7 +60,7 @@ def parse_args(argv=None):
         "--crop-min", type=share, help="smallest share of the image area in a crop (default 0.08; 0.2 up to 64 px)"
     )
     group.add_argument("--flip", type=probability, default=0.5, help="probability of a mirrored view")
-    group.add_argument("--arch", default="resnet50", help="resnet18, 34, 50, 101 or 152")
+    group.add_argument("--arch", default="resnet50", help="resnet18, 34, 50, 101, 152, torchvision:NAME or timm:NAME")
     group.add_argument("--width", type=width, default=1.0, help="multiplier of the backbone's channels")
     group.add_argument("--hidden-dim", type=positive(int), default=512, help="hidden width of the neck")
     group.add_argument("--dim", type=positive(int), default=256, help="D, outputs of the neck, kept in the memory")
@@ -245,7 +245,7 @@ def dump_clusters(path, data, labels):
 def main(args):
     run = Run(args)
     data = run.open(augmentation(args.image_size, args.crop_min, args.flip))
-    backbone = resnet(args.arch, args.width, args.image_size, channels=args.channels)
+    backbone = network(args.arch, args.width, args.image_size, channels=args.channels)
     k = cluster_count(args.clusters, len(data), args.min_cluster)
     model = run.place(ODC(backbone, len(data), k, args.hidden_dim, args.dim))
     peak = args.lr * args.batch_size / 256

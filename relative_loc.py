@@ -51,8 +51,8 @@ from common.args import Parser, at_least, below_one, default_size, positive, pro
 from common.augment import LEFT, TOP, View
 from common.distributed import is_main, rank, world_size
 from common.features import output_std
+from common.networks import network
 from common.pictures import save_table, shown
-from common.resnet import resnet
 from common.run import Run
 
 
@@ -67,7 +67,7 @@ def parse_args(argv=None):
     group.add_argument("--gray", type=probability, default=0.66, help="probability of a grey image")
     group.add_argument("--patch-size", type=positive(int), help="pixels (default: a quarter of --image-size)")
     group.add_argument("--gap", type=at_least(0), default=0, help="pixels between neighbouring patches, at least")
-    group.add_argument("--arch", default="resnet50", help="resnet18, 34, 50, 101 or 152")
+    group.add_argument("--arch", default="resnet50", help="resnet18, 34, 50, 101, 152, torchvision:NAME or timm:NAME")
     group.add_argument("--width", type=width, default=1.0, help="multiplier of the backbone's channels")
     group.add_argument("--hidden-dim", type=positive(int), default=4096, help="hidden layer of h")
     group.add_argument("--dropout", type=below_one, default=0.5, help="probability of dropping a unit of it")
@@ -198,7 +198,7 @@ def staircase(step, falls, decay, warmup=0):
 def main(args):
     run = Run(args)
     run.open(augmentation(args.image_size, args.resize, args.gray))
-    backbone = resnet(args.arch, args.width, args.image_size, channels=args.channels)
+    backbone = network(args.arch, args.width, args.image_size, channels=args.channels)
     model = run.place(RelativeLoc(backbone, args.hidden_dim))
     peak = args.lr * args.batch_size / 256
     groups = [  # relative location: h decays more (MMSelfSup 0.11)

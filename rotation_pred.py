@@ -35,8 +35,8 @@ from common.args import Parser, at_least, below_one, default_size, positive, pro
 from common.augment import View
 from common.distributed import is_main
 from common.features import output_std
+from common.networks import network
 from common.pictures import save_table, shown
-from common.resnet import resnet
 from common.run import Run
 
 
@@ -49,7 +49,7 @@ def parse_args(argv=None):
         "--crop-min", type=share, help="smallest share of the image area in a crop (default 0.08; 0.2 up to 64 px)"
     )
     group.add_argument("--flip", type=probability, default=0.5, help="probability of a mirrored view")
-    group.add_argument("--arch", default="resnet50", help="resnet18, 34, 50, 101 or 152")
+    group.add_argument("--arch", default="resnet50", help="resnet18, 34, 50, 101, 152, torchvision:NAME or timm:NAME")
     group.add_argument("--width", type=width, default=1.0, help="multiplier of the backbone's channels")
     group.add_argument("--epochs", type=positive(int), default=70)
     group.add_argument("--warmup-epochs", type=at_least(0), default=5, help="from a tenth of the rate on")
@@ -132,7 +132,7 @@ def staircase(step, falls, decay, warmup=0):
 def main(args):
     run = Run(args)
     run.open(augmentation(args.image_size, args.crop_min, args.flip))
-    backbone = resnet(args.arch, args.width, args.image_size, channels=args.channels)
+    backbone = network(args.arch, args.width, args.image_size, channels=args.channels)
     model = run.place(RotationPred(backbone))
     peak = args.lr * args.batch_size / 256
     optimizer = torch.optim.SGD(

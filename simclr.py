@@ -35,8 +35,8 @@ from common.args import Parser, at_least, below_one, default_size, positive, pro
 from common.augment import View
 from common.distributed import gather, rank
 from common.features import output_std
+from common.networks import network
 from common.optim import LARS, cosine, param_groups
-from common.resnet import resnet
 from common.run import Run
 
 
@@ -49,7 +49,7 @@ def parse_args(argv=None):
         "--crop-min", type=share, help="smallest share of the image area in a crop (default 0.08; 0.2 up to 64 px)"
     )
     group.add_argument("--flip", type=probability, default=0.5, help="probability of a mirrored view")
-    group.add_argument("--arch", default="resnet50", help="resnet18, 34, 50, 101 or 152")
+    group.add_argument("--arch", default="resnet50", help="resnet18, 34, 50, 101, 152, torchvision:NAME or timm:NAME")
     group.add_argument("--width", type=width, default=1.0, help="multiplier of the backbone's channels")
     group.add_argument("--dim", type=positive(int), default=128, help="outputs of the projector g")
     group.add_argument("--temperature", type=positive(float), default=0.1, help="T; 0.5 is better on CIFAR-10")
@@ -141,7 +141,7 @@ def nt_xent(z1, z2, temperature):
 def main(args):
     run = Run(args)
     run.open(augmentation(args.image_size, args.crop_min, args.flip, args.color_strength))
-    backbone = resnet(args.arch, args.width, args.image_size, zero_init_residual=True, channels=args.channels)
+    backbone = network(args.arch, args.width, args.image_size, zero_init_residual=True, channels=args.channels)
     model = run.place(SimCLR(backbone, args.dim))
     linear = args.lr_rule == "linear"
     peak = args.lr * args.batch_size / 256 if linear else args.lr / 4 * math.sqrt(args.batch_size)

@@ -26,8 +26,8 @@ from torch import nn
 from common.args import Parser, at_least, below_one, default_size, positive, probability, share, width
 from common.augment import View
 from common.features import output_std
+from common.networks import network
 from common.optim import cosine
-from common.resnet import resnet
 from common.run import Run
 
 
@@ -38,7 +38,7 @@ def parse_args(argv=None):
     group = parser.add_argument_group("SimSiam")
     group.add_argument("--crop-min", type=share, default=0.2, help="smallest share of the image area in a crop")
     group.add_argument("--flip", type=probability, default=0.5, help="probability of a mirrored view")
-    group.add_argument("--arch", default="resnet50", help="resnet18, 34, 50, 101 or 152")
+    group.add_argument("--arch", default="resnet50", help="resnet18, 34, 50, 101, 152, torchvision:NAME or timm:NAME")
     group.add_argument("--width", type=width, default=1.0, help="multiplier of the backbone's channels")
     group.add_argument("--dim", type=positive(int), default=2048, help="width of projector and output d")
     group.add_argument("--proj-layers", type=at_least(1, high=100), default=3, help="layers of the projector")
@@ -118,7 +118,7 @@ def simsiam_loss(p1, p2, z1, z2):
 def main(args):
     run = Run(args)
     run.open(augmentation(args.image_size, args.crop_min, args.flip))
-    backbone = resnet(args.arch, args.width, args.image_size, zero_init_residual=True, channels=args.channels)
+    backbone = network(args.arch, args.width, args.image_size, zero_init_residual=True, channels=args.channels)
     model = run.place(SimSiam(backbone, args.dim, args.pred_dim, args.proj_layers))
     peak = args.lr * args.batch_size / 256
     groups = [  # SimSiam: weight decay on everything, and a predictor whose learning rate does not decay (section 4.2)

@@ -37,8 +37,8 @@ from common.args import Parser, at_least, below_one, default_size, image_size, p
 from common.augment import View
 from common.distributed import all_reduce, gather, rank, world_size
 from common.features import by_size, output_std
+from common.networks import network
 from common.optim import LARS, cosine, upcast
-from common.resnet import resnet
 from common.run import Run
 
 
@@ -59,7 +59,7 @@ def parse_args(argv=None):
     group.add_argument(
         "--color-strength", type=at_least(0, float), default=1.0, help="s of the colour jitter; 0.5 on small images"
     )
-    group.add_argument("--arch", default="resnet50", help="resnet18, 34, 50, 101 or 152")
+    group.add_argument("--arch", default="resnet50", help="resnet18, 34, 50, 101, 152, torchvision:NAME or timm:NAME")
     group.add_argument("--width", type=width, default=1.0, help="multiplier of the backbone's channels")
     group.add_argument("--dim", type=positive(int), default=128, help="outputs of the projector")
     group.add_argument("--hidden-dim", type=positive(int), default=2048, help="hidden layer of the projector")
@@ -218,7 +218,7 @@ def main(args):
     run = Run(args)
     views = augmentation(args.crops, args.sizes, args.crop_min, args.crop_max, args.flip, args.color_strength)
     prototypes, queue = code_sizes(args.prototypes, args.queue, args.batch_size, len(run.open(views)))
-    backbone = resnet(args.arch, args.width, args.image_size, channels=args.channels)
+    backbone = network(args.arch, args.width, args.image_size, channels=args.channels)
     model = run.place(SwAV(backbone, args.dim, args.hidden_dim, prototypes, queue))
     peak = args.lr * (args.batch_size / 256) ** 0.75
     optimizer = LARS(model.parameters(), lr=peak, momentum=args.momentum, weight_decay=args.weight_decay)  # SwAV: all

@@ -43,10 +43,19 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 def sync_batch_norm(model):
     """Makes every batch norm of `model` use the statistics of the global batch."""
     if world_size() > 1 and next(model.parameters()).is_cuda:
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        return convert(model)
     for module in model.modules() if world_size() > 1 else ():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.__class__ = SyncBatchNorm
+    return model
+
+
+def convert(model):
+    """PyTorch's own conversion, which forgets hooks: the networks of a library have activations there."""
+    hooks = {name: module._forward_hooks for name, module in model.named_modules()}
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    for name, module in model.named_modules():
+        module._forward_hooks.update(hooks.get(name, {}))
     return model
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common import formats, layouts, resnet, vit
+from common import formats, layouts, networks, resnet, vit
 from common.args import default_size, fail
 from common.distributed import barrier, is_main, print0
 from common.files import atomic, make_folder
@@ -133,7 +133,7 @@ def init_from(path, model):
         (fail if known else print0)(f"{where} {was}, this model has {heads}")
     weights = fit_channels(resize_positions(found.weights, model.backbone), model.backbone)
     if compare_tensors(model.backbone, weights)[0]:
-        why = layouts.explain(found.weights, model.backbone.state_dict())
+        why = layouts.explain(found, model.backbone)
         refuse_tensors(where, "this model's backbone", model.backbone, weights, why)
     fitting = {prefix_of(model.backbone, model) + k: v for k, v in weights.items()}
     if "backbone_prefix" in state:
@@ -215,6 +215,8 @@ def _equal(a, b):
 
 def network_shape(found, arch=None):
     """The arguments that build the network: what the file says, and where it says nothing, what its shapes tell."""
+    if found.family == "library":
+        return {k: found.meta[k] for k in ("arch", "width", "image_size", "channels")}
     if found.family == "resnet":
         told = layouts.resnet_shape(found.weights)
     else:
@@ -223,7 +225,9 @@ def network_shape(found, arch=None):
 
 
 def make_network(found, shape, where):
-    """The network of these arguments, without memory for its weights (on the device "meta")."""
+    """The network of these arguments, one of ours without memory for its weights (on the device "meta")."""
+    if found.family == "library":
+        return networks.Library(**shape)
     if found.family == "vit" and shape["heads"] is None:
         dim = round(vit.ARCHS[shape["arch"]][0] * shape["width"])
         fail(f"{where}: a ViT of {dim} dimensions, whose number of heads is not known; try --arch")
@@ -232,12 +236,12 @@ def make_network(found, shape, where):
             return vit.vit(**shape)
         size = resnet.SMALL if shape["small"] else 224  # the stem goes with the size the network was trained at
         inputs = {"input_filter": found.weights.get("input_filter"), "channels": shape["channels"]}
-        network = resnet.resnet(shape["arch"], shape["width"], size, **inputs)
+        backbone = resnet.resnet(shape["arch"], shape["width"], size, **inputs)
     if shape["small"]:
-        network.conv1.padding = (found.layout.padding, found.layout.padding)
+        backbone.conv1.padding = (found.layout.padding, found.layout.padding)
     if not found.naming.stem_relu:
-        network.relu = nn.Identity()
-    return network
+        backbone.relu = nn.Identity()
+    return backbone
 
 
 def compare_tensors(network, weights):
@@ -298,7 +302,7 @@ def load_backbone(
     meta = {"method": "random", "arch": arch or "resnet50", "width": width or 1.0, "image_size": image_size or 224}
     meta |= default_statistics(channels or 3)
     torch.manual_seed(seed)
-    make = vit.vit if meta["arch"].startswith("vit") else resnet.resnet
+    make = vit.vit if meta["arch"].startswith("vit") else networks.network
     backbone = make(**{k: meta[k] for k in ("arch", "width", "image_size", "channels")})
     same = f"{meta['arch']}, width {meta['width']:g}, {meta['image_size']} px, {meta['channels']} channels"
     print0(f"pretrained  random: {same}; compare with networks of the same --arch, --width and --image-size")
@@ -327,8 +331,12 @@ def build_backbone(found, path, arch=None, width=None, image_size=None, channels
         weights = {k: v for k, v in found.weights.items() if k != "input_filter"}
         found = found._replace(weights=weights, name=found.layout.name)
     shape = network_shape(found, arch)
+    if found.family == "library" and image_size:
+        shape["image_size"] = image_size
     backbone, weights = make_network(found, shape, where), found.weights
     if compare_tensors(backbone, weights)[0]:
+        if shape.get("image_size") != (was := found.meta.get("image_size")) and found.family == "library":
+            fail(f"--image-size {image_size}: {path} holds {shape['arch']} for {was} pixels; leave the flag out")
         if arch in resnet.ARCHS and found.family == "resnet":  # tell what the one that was asked for lacks
             shape["arch"], backbone = arch, make_network(found, shape | {"arch": arch}, where)
         refuse_tensors(where, shape["arch"], backbone, weights)
@@ -358,7 +366,9 @@ def build_backbone(found, path, arch=None, width=None, image_size=None, channels
         kind += ", of edges (Sobel: conv1 has 2 channels; --channels 2 if the images have two)"
     _, matched, needed = compare_tensors(backbone, weights)
     counters = {k: torch.tensor(0) for k in backbone.state_dict() if k.endswith("num_batches_tracked")}
-    backbone.to_empty(device="cpu").load_state_dict(counters | weights)
+    if found.family != "library":
+        backbone.to_empty(device="cpu")
+    backbone.load_state_dict(counters | weights)
     usual = default_statistics(shape["channels"])
     told = {k: v for k, v in found.meta.items() if k not in ("mean", "std") or len(v) == usual["channels"]}
     meta = {"method": name, "arch": shape["arch"], "width": shape["width"], "image_size": size} | usual

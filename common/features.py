@@ -45,7 +45,8 @@ class Features(nn.Module):
     """Several features of a backbone from one forward pass, side by side: (B, 3, H, W) -> (B, sum of dims).
 
     names (default: what the backbone returns): of a ResNet feat1 to feat5, the averages over the maps of its stages; of
-    a ViT cls, the class token after the final norm (which one of pool "mean" lacks), and mean, of the patch tokens.
+    a ViT cls, the class token after the final norm (which one of pool "mean" lacks), and mean, of the patch tokens; of
+    a library's network pool, which is all that it returns.
     """
 
     def __init__(self, backbone, names=None):
@@ -56,9 +57,12 @@ class Features(nn.Module):
             stages = [backbone.conv1, backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4]
             convs = [[m for m in stage.modules() if isinstance(m, nn.Conv2d)] for stage in stages]
             dims = [conv[-1].out_channels for conv in convs]
-        else:
+        elif hasattr(backbone, "tokens"):
             kind, known, self.default = "a ViT", ["cls", "mean"], backbone.pool
             dims = [backbone.dim] * 2
+        else:
+            kind, known, self.default = backbone.arch, ["pool"], "pool"
+            dims = [backbone.dim]
         self.names = list(dict.fromkeys(names or [self.default]))
         if unknown := [name for name in self.names if name not in known]:
             fail(f"--features {' '.join(unknown)}: the features of {kind} are {', '.join(known)}")
@@ -78,8 +82,8 @@ class Features(nn.Module):
 
 def usual_interpolation(backbone):
     """How evaluations of frozen features resize images unless told otherwise: as most published code, bicubically for a
-    ViT, bilinearly for a ResNet."""
-    return "bilinear" if hasattr(backbone, "stages") else "bicubic"
+    ViT, bilinearly for others."""
+    return "bicubic" if hasattr(backbone, "tokens") else "bilinear"
 
 
 def broken_rows(features, dataset, which):

@@ -190,7 +190,8 @@ def _own(state):
         return None
     prefix, tensors = str(state.get("backbone_prefix", "")), containers(state).get(place, {})
     weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    family = "vit" if str(meta.get("arch")) in vit.ARCHS else "resnet"
+    arch = str(meta.get("arch"))
+    family = "vit" if arch in vit.ARCHS else "library" if ":" in arch else "resnet"
     return Found("unknown", family, weights, place + prefix, NAMINGS[0], UNKNOWN, _total(tensors), meta)
 
 
@@ -333,9 +334,12 @@ REASONS = {
 }
 
 
-def explain(file, model):
-    """The reasons why the weights of a file (under the names used here) are not those of a model, in words."""
-    there, here = (vit_shape(x) if "pos_embed" in x else resnet_shape(x) for x in (file, model))
+def explain(found, backbone):
+    """The reasons why the weights that were found are not those of a backbone, in words."""
+    both = (found.weights, backbone.state_dict())
+    there, here = (vit_shape(weights) if "pos_embed" in weights else resnet_shape(weights) for weights in both)
+    there = {"arch": found.meta["arch"]} if found.family == "library" else there
+    here = {"arch": backbone.arch} if hasattr(backbone, "arch") else here
     differ = [k for k in REASONS if k in there and k in here and there[k] != here[k]]
     stems = ("above", "7x7", "3x3", resnet.SMALL) if there.get("small") else ("of at most", "3x3", "7x7", 96)
     return "; ".join(REASONS[k].format(there[k], here[k], *stems) for k in differ)

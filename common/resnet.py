@@ -78,7 +78,8 @@ class ResNet(nn.Module):
 def resnet(arch, width=1.0, image_size=224, zero_init_residual=False, input_filter=None, channels=3):
     """A ResNet by name. Images of at most 64 pixels get the small stem. channels: of the images."""
     if arch not in ARCHS:
-        fail(f"--arch {arch}: unknown, expected one of {', '.join(ARCHS)}")
+        what = "only our ResNets have the maps and the filter used here" if ":" in arch else "unknown"
+        fail(f"--arch {arch}: {what}, expected one of {', '.join(ARCHS)}")
     block, layers = ARCHS[arch]
     if not 1 / 64 <= width <= 64:
         fail(f"--width {width} must lie between 1/64, which leaves one channel of 64, and 64")
