@@ -9,7 +9,8 @@ Runs each script's own `main`, with a loader that gives the same views, made bef
 timed is the loop as it is, with heads, loss, backward pass, optimiser, moving averages, queues, memories and log, but
 without images to load, decode, crop and, unless --augment is given, to augment. Whenever the script asks for the next
 batch, the loader first times the floor, so that both take turns: forward and backward passes of a copy of the backbone
-on the same views, nothing else (MAE: encoder on the visible tokens, and decoder). The memories of npid, deepcluster
+on the same views, nothing else (MAE: encoder on the visible tokens, and decoder; DINO: student on all crops and teacher
+on the large ones, with their heads; its K is 65,536 times the width). The memories of npid, deepcluster
 and odc have the size that N images need (--images; the default is CIFAR-10's number) and start from random features
 instead of those of a pass over the images. Heads are as narrow as the backbone is. SwAV's queue, which its recipe uses
 from epoch 15 on, is empty. ODC's clusters get new centroids once per repeat.
@@ -57,6 +58,8 @@ METHODS = {
     "deepcluster": (([0], []), {}),
     "odc": (([0], []), {"dim": 256, "hidden-dim": 512}),
     "mae": ("whole", {"decoder-dim": 512}),
+    "dino": ("crops", {"out-dim": 65536, "hidden-dim": 2048, "bottleneck-dim": 256}),
+    "dino vit": ("crops", {"out-dim": 65536, "hidden-dim": 2048, "bottleneck-dim": 256}),
 }
 TOGETHER = ("simclr", "swav")  # views of one size pass the backbone as one batch
 
@@ -127,6 +130,15 @@ def floor_of(name, model, amp):
             backward(model, prediction)
 
         return mae
+    if passes == "crops":
+        model = copy.deepcopy(model)
+
+        def dino(views):
+            with amp:
+                student, _ = model(views)
+            backward(model, student)
+
+        return dino
     network = copy.deepcopy(model.backbone)
     for module in network.modules():
         if hasattr(module, "splits"):  # MoCo's groups of a batch: bare batch norm instead
@@ -185,7 +197,8 @@ def timed_run(name, args):
     def no_images(data, split, *rest, **more):
         return Nothing(args.images) if split == "train" else None
 
-    changed = mock.patch.multiple(run, Loader=Timer, parallel=parallel, open_dataset=no_images)
+    made = {"Loader": Timer, "parallel": parallel, "open_dataset": no_images, "save_views": lambda *rest: None}
+    changed = mock.patch.multiple(run, **made)
     if hasattr(script, "extract"):  # what deepcluster and odc cluster before the first step
         clustered = mock.patch.object(script, "extract", random_features)
     else:

@@ -84,9 +84,9 @@ def test_command_line_writes_the_promised_files(script, tmp_path, monkeypatch, c
     assert not list(out.glob("*.tmp*"))
     backbone = state(out, "backbone.pt")
     assert backbone["meta"]["method"] == script.replace("_", "")
-    vit = backbone["meta"]["arch"].startswith("vit")
-    names = {"cls_token", "blocks.1.mlp.fc2.bias"} if vit else {"conv1.weight", "layer4.1.bn2.running_var"}
-    assert names <= backbone["backbone"].keys()
+    names = {"vit": {"cls_token", "blocks.1.mlp.fc2.bias"}, "swin": {"layers.1.blocks.1.mlp.fc2.bias", "norm.bias"}}
+    kind = backbone["meta"]["arch"].partition("_")[0]
+    assert names.get(kind, {"conv1.weight", "layer4.1.bn2.running_var"}) <= backbone["backbone"].keys()
     first = logged(out)[0]
     assert {"args", "versions", "commit"} <= first.keys() and first["command"].startswith(f"{script}.py --data fake:64")
     train(script, tmp_path / "whole batches", "--max-steps", 2)
