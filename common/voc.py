@@ -12,7 +12,9 @@ import numpy as np
 
 from common.args import fail
 from common.datasets import Files
+from common.folders import data_path
 from common.images import EXTENSIONS
+from common.lists import composed, read_text, split_lines
 
 
 class Object(NamedTuple):
@@ -25,7 +27,8 @@ class Object(NamedTuple):
 
 def find_set(data, task="Main", name="VOC2007"):
     """The folder that has ImageSets/<task>: --data itself, a set of this name in it, or the first VOC* in it."""
-    folders = [Path(data), Path(data) / name, *sorted(Path(data).glob("VOC*"))]
+    data = data_path(data)
+    folders = [data, data / name, *sorted(data.glob("VOC*"))]
     found = next((folder for folder in folders if (folder / "ImageSets" / task).is_dir()), None)
     if found is None:
         fail(f"--data {data}: no ImageSets/{task} there nor in a {name} below: give the folder of a set like VOC's")
@@ -33,16 +36,16 @@ def find_set(data, task="Main", name="VOC2007"):
 
 
 def _lines(path):
-    """The words of each line."""
+    """Its lines, without empty ones."""
     if not path.is_file():
         fail(f"{path} does not exist (VOC2007 comes as two archives: unpack both in one place)")
-    lines = [line.split() for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    lines = [line.strip() for line in split_lines(read_text(path, path)) if line.strip()]
     return lines or fail(f"{path} names no image")
 
 
 def read_ids(root, split, task="Main"):
     """The ids of a split in the order of its list."""
-    return [words[0] for words in _lines(root / f"ImageSets/{task}/{split}.txt")]
+    return _lines(root / f"ImageSets/{task}/{split}.txt")
 
 
 def read_objects(root, image):
@@ -68,9 +71,10 @@ def _presence(objects):
 def _class_list(path):
     """{id: 1, -1 or 0} from lines "id label"."""
     labels = {}
-    for words in _lines(path):
-        if len(words) != 2 or words[1] not in ("1", "-1", "0"):
-            fail(f"{path}: {' '.join(words)!r} is not an image and 1, -1 or 0")
+    for line in _lines(path):
+        words = line.rsplit(None, 1)
+        if len(words) != 2 or words[1] not in ("1", "+1", "-1", "0"):
+            fail(f"{path}: {line!r} is not an image and 1, -1 or 0")
         labels[words[0]] = int(words[1])
     return labels
 
@@ -80,7 +84,7 @@ def read_labels(root, splits=("trainval", "test")):
     there, -1 not there, 0 only as difficult objects. They come from the lists <class>_<split>.txt or, where there are
     none, from the annotations; then the classes are those of the first split."""
     lists, found = root / "ImageSets/Main", {}
-    names = sorted(path.name.removesuffix(f"_{splits[0]}.txt") for path in lists.glob(f"*_{splits[0]}.txt"))
+    names = sorted(path.name.removesuffix(f"_{splits[0]}.txt") for path in lists.glob(f"[!.]*_{splits[0]}.txt"))
     for split in splits:
         if names:
             columns = {name: _class_list(lists / f"{name}_{split}.txt") for name in names}
@@ -103,6 +107,8 @@ def open_images(root, ids, channels=3):
     folder = root / "JPEGImages"
     names = sorted(os.listdir(folder), reverse=True) if folder.is_dir() else []
     there = {Path(name).stem: name for name in names if name.lower().endswith(EXTENSIONS)}
+    there = {composed(stem): name for stem, name in there.items()} | there
+    ids = [i if i in there else composed(i) for i in ids]
     missing = [i for i in ids if i not in there]
     if missing:
         fail(f"{folder} lacks {len(missing)} of the {len(ids)} images of a split, the first is {missing[0]}.jpg")
