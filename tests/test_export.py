@@ -4,6 +4,9 @@ import argparse
 import hashlib
 import json
 import pickle
+import sys
+import textwrap
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,10 +14,14 @@ import torch
 import torchvision
 from torch import nn
 
+from common.augment import EvalView
 from common.checkpoint import load_backbone
+from common.datasets import open_dataset
+from common.loader import eval_batches
+from common.networks import Library
 from common.resnet import resnet
 from common.vit import ViT, vit
-from tests.helpers import command, main, refused
+from tests.helpers import command, main, refused, train
 
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
@@ -130,6 +137,132 @@ def test_vit_for_timm(tmp_path, capsys):
     assert f"backbone {total / 1e6:.2f} M, of them trainable {(total - 17 * 384) / 1e6:.2f} M" in out
 
 
+# ------------------------------------------------------------------------------------------- what is printed runs
+def lively(network):
+    """Statistics, scales and shifts that a network which has learned may have."""
+    torch.manual_seed(0)
+    for value in network.state_dict().values():
+        if value.is_floating_point():
+            value.mul_(1 + 0.2 * torch.rand_like(value)).add_(0.1 * torch.rand_like(value) * (value.ndim < 2))
+    return network.eval()
+
+
+NETWORKS = {
+    "large stem": lambda: resnet("resnet18"),
+    "small stem": lambda: resnet("resnet50", image_size=32),
+    "narrow": lambda: resnet("resnet18", 0.25, 32),
+    "grey": lambda: resnet("resnet18", channels=1),
+    "edges": lambda: resnet("resnet18", 0.125, input_filter=torch.rand(2, 3, 3, 3)),
+    "no first relu": lambda: without_relu(resnet("resnet18")),
+    "vit": lambda: vit("vit_tiny", 32, 0.25, patch_size=8, depth=2, heads=2),
+    "vit of means": lambda: vit("vit_tiny", 32, 0.25, 8, 2, positions="learned", pool="mean", layer_scale=0.1),
+    "grey vit": lambda: vit("vit_tiny", 32, 0.25, patch_size=8, depth=2, channels=1),
+    "library": lambda: Library("torchvision:squeezenet1_1", image_size=32),
+    "timm": lambda: Library("timm:test_vit", image_size=32, channels=2),
+}
+FORMATS = {  # what a file's name decides, and the names in torchvision and timm
+    "pt2": ["narrow", "edges", "no first relu", "vit", "vit of means", "library", "timm"],
+    "onnx": ["narrow", "vit", "edges"],
+    "torchvision": ["large stem", "small stem", "grey", "no first relu", "vit", "grey vit", "library"],
+    "timm": ["large stem", "small stem", "grey", "no first relu", "vit", "vit of means", "grey vit", "timm"],
+    "safetensors": ["large stem"],
+}
+USED = [(target, name) for target, names in FORMATS.items() for name in names]
+
+
+def without_relu(network):
+    network.relu = nn.Identity()
+    return network
+
+
+@pytest.mark.parametrize("target, name", USED, ids=[f"{target}-{name}" for target, name in USED])
+def test_the_printed_lines_compute_the_features(target, name, tmp_path, capsys):
+    """Exactly what is printed, run elsewhere, gives the features of this network, for batches of any size."""
+    needed = {"onnx": ["onnxruntime", "onnxscript"], "timm": ["timm"], "safetensors": ["safetensors"]}.get(target, [])
+    for library in [*needed, *(["timm"] if name == "timm" else [])]:
+        pytest.importorskip(library)
+    network = lively(NETWORKS[name]())
+    channels = 1 if "grey" in name else 2 if name == "timm" else 3
+    mean, std = [0.3, 0.4, 0.5][:channels], [0.2, 0.25, 0.3][:channels]
+    is_vit = isinstance(network, ViT)
+    meta = {"method": "x", "arch": getattr(network, "arch", "vit_tiny" if is_vit else "resnet18"), "mean": mean}
+    meta |= {"arch": "resnet50"} if name == "small stem" else {}
+    meta |= {"width": 0.25 if name == "narrow" or is_vit else 0.125 if name == "edges" else 1.0, "std": std}
+    meta |= {"image_size": 32, "channels": channels} | getattr(network, "config", {})
+    source = {"backbone": network.state_dict(), "meta": meta}
+    if name == "no first relu":  # as lightly's own networks have it, in a file without meta
+        names = {"conv1.": "0.", "bn1.": "1.", **{f"layer{i}.": f"{i + 1}." for i in range(1, 5)}}
+        source = {f"backbone.{next(v + k[len(n):] for n, v in names.items() if k.startswith(n))}": value
+                  for k, value in network.state_dict().items()}  # fmt: skip
+        mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    torch.save(source, tmp_path / "own.pt")
+    file = tmp_path / {"pt2": "a.pt2", "onnx": "a.onnx", "safetensors": "a.safetensors"}.get(target, "a.pth")
+    words = ["--to", target] if target in ("torchvision", "timm") else []
+    main("export", "--pretrained", tmp_path / "own.pt", "--out", file, *words)
+    printed = capsys.readouterr().out
+    assert printed.count("to use it:\n") == 1
+    code = textwrap.dedent(printed.partition("to use it:\n")[2])
+    assert "common" not in code and "# images (B," in code
+    size = 224 if name == "no first relu" else 32
+    statistics = (torch.tensor(x).view(-1, 1, 1) for x in (mean, std))
+    mean, std = statistics
+    for batch in (1, 3):
+        images = torch.rand(batch, channels, size, size)
+        scope = {"images": images}
+        with torch.no_grad():
+            exec(code, scope)
+            expected = network((images - mean) / std)
+        assert expected.shape == (batch, network.dim) and expected.std() > 1e-4
+        scale = expected.abs().max().item()
+        torch.testing.assert_close(torch.as_tensor(scope["features"]), expected, rtol=1e-5, atol=1e-5 * max(1, scale))
+
+
+def test_program_gives_the_rows_of_features_py(tmp_path, capsys):
+    """A file of a short run: the exported program and features.py agree on the images of a data set."""
+    train("simsiam", tmp_path, "--max-steps", 2, "--image-size", 32, "--data", "digits", "--lr", 1)
+    main("features", "--pretrained", tmp_path / "backbone.pt", "--data", "digits", "--workers", 0, "--out", tmp_path)
+    main("export", "--pretrained", tmp_path / "backbone.pt", "--out", tmp_path / "net.pt2")
+    network = torch.export.load(tmp_path / "net.pt2").module()
+    data, view = open_dataset("digits", "val"), EvalView(32, mean=(0.0,) * 3, std=(1.0,) * 3)
+    images = torch.cat([x for x, _, _ in eval_batches(data, view, 100, torch.device("cpu"), 0)])
+    rows = torch.from_numpy(np.load(tmp_path / "features.npy"))
+    assert len(images) == len(rows) > 300 and rows.std() > 1e-3
+    torch.testing.assert_close(network(images).detach(), rows, rtol=1e-5, atol=1e-5)
+
+
+def test_networks_that_a_library_lacks(tmp_path, capsys):
+    """The weights are written all the same, for whoever builds the network; a line names the way that needs none."""
+    torch.save(resnet("resnet18", 0.25, 32).state_dict(), tmp_path / "own.pth")
+    for target in ("torchvision", "timm", "mmdet"):
+        run(tmp_path / "own.pth", target, tmp_path / f"{target}.pth")
+        out = capsys.readouterr().out
+        assert "to use it" not in out and "one that runs by itself is written by --out NAME.pt2" in out
+    squeeze = Library("torchvision:squeezenet1_1", image_size=32)
+    meta = {"arch": squeeze.arch, "width": 1.0, "image_size": 32, "channels": 3}
+    torch.save({"backbone": squeeze.state_dict(), "meta": meta}, tmp_path / "library.pt")
+    for target, name in (("timm", "a.pth"), ("mmdet", "a.pth"), ("detectron2", "a.pkl")):
+        message = refused(capsys, run, tmp_path / "library.pt", target, tmp_path / name)
+        assert f"--to {target}: there is no torchvision:squeezenet1_1 with these names; --to pt2 writes any" in message
+
+
+def test_configurations_of_detection(moco, tmp_path, capsys, monkeypatch):
+    """What is printed for detectron2 and MMDetection, run against stand-ins for the two."""
+    cfg = SimpleNamespace(INPUT=SimpleNamespace(), MODEL=SimpleNamespace(RESNETS=SimpleNamespace()))
+    monkeypatch.setitem(sys.modules, "detectron2", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "detectron2.config", SimpleNamespace(get_cfg=lambda: cfg))
+    out = run(moco[1], "detectron2", tmp_path / "a.pkl")
+    exec(textwrap.dedent(capsys.readouterr().out.partition("to use it:\n")[2]), {})
+    assert (cfg.INPUT.FORMAT, cfg.MODEL.WEIGHTS, cfg.MODEL.RESNETS.DEPTH) == ("RGB", str(out), 18)
+    assert cfg.MODEL.RESNETS.STRIDE_IN_1X1 is False
+    # the pixel statistics that both projects have for ImageNet in their own configurations
+    assert cfg.MODEL.PIXEL_MEAN == [123.675, 116.28, 103.53] and cfg.MODEL.PIXEL_STD == [58.395, 57.12, 57.375]
+    scope = {}
+    out = run(moco[1], "mmdet", tmp_path / "a.pth")
+    exec(textwrap.dedent(capsys.readouterr().out.partition("to use it:\n")[2]), scope)
+    assert scope["backbone"]["depth"] == 18 and scope["backbone"]["init_cfg"]["checkpoint"] == str(out)
+    assert scope["data_preprocessor"] == {"mean": cfg.MODEL.PIXEL_MEAN, "std": cfg.MODEL.PIXEL_STD, "bgr_to_rgb": True}
+
+
 # ------------------------------------------------------------------------------------------------- publication
 def test_published_name_passes_the_check_of_torch_hub(tmp_path):
     """torch.hub hashes what it downloads and compares with the digits in the name; a wrong digit is found."""
@@ -204,7 +337,7 @@ def test_command_line(moco, tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------- mistakes
-def test_mistakes_end_with_one_line(tmp_path, capsys):
+def test_mistakes_end_with_one_line(tmp_path, capsys, monkeypatch):
     file = tmp_path / "own.pth"
     torch.save(vit("vit_tiny", 32, patch_size=8, depth=1).state_dict(), file)
     for target, name in (("detectron2", "a.pkl"), ("mmdet", "a.pth")):
@@ -219,7 +352,17 @@ def test_mistakes_end_with_one_line(tmp_path, capsys):
     assert "no such file" in refused(capsys, run, "random", "timm", tmp_path / "a.pth")
     assert "--arch resnet18" in refused(capsys, run, file, "timm", tmp_path / "a.pth", "--arch", "resnet18")
     assert "cannot be written" in refused(capsys, run, file, "timm", file / "a.pth")
-    assert "--to" in refused(capsys, run, file, "onnx", tmp_path / "a.pth")
+    assert "--to" in refused(capsys, run, file, "torchscript", tmp_path / "a.pth")
+    for target in ("onnx", "pt2"):
+        assert f"for {target} the name must end in .{target}" in refused(capsys, run, file, target, tmp_path / "a.pth")
+    for name in ("a", "a.npz", "a.onxx", "a.PTH", "a.pt2.zip"):
+        words = ["--pretrained", file, "--out", tmp_path / name]
+        assert f"{name}: for an export the name must end in .pt2 or .onnx or .pkl or .pth" in refused(
+            capsys, main, "export", *words
+        )
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    message = refused(capsys, run, file, "onnx", tmp_path / "a.onnx")
+    assert "--to onnx needs onnx and onnxscript: pip install onnx onnxscript, or write a .pt2" in message
     torch.save(ViT(192, 1, 3, 8, 32, pool="mean").state_dict(), file)
     assert "mean pooling" in refused(capsys, run, file, "torchvision", tmp_path / "a.pth")
     edges = resnet("resnet18", 0.125, 32, input_filter=torch.rand(2, 3, 3, 3))
