@@ -22,12 +22,12 @@ from pathlib import Path
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from common.archive import archive_index
 from common.args import Parser, at_least, fail, positive
-from common.datasets import SPLITS, scan_images
 from common.files import atomic
+from common.folders import describe, find_splits, scan_images
 from common.images import EXTENSIONS
 from common.log import bar
+from common.tars import index_of
 
 
 def parse_args(argv=None):
@@ -68,9 +68,10 @@ def encode(path, resize, quality):
 
 def pack(folder, target, args):
     """Writes all images below folder into the archive target. Returns (images, files left out)."""
-    names, _ = scan_images(folder)
+    names, folders, left = scan_images(folder)
     if not names:
         fail(f"no images in {folder}: expected files ending in {' '.join(EXTENSIONS)}")
+    describe(folder, folders, left, divided=True)
     bad, seen = 0, set()
     with (
         atomic(target) as temporary,
@@ -101,7 +102,7 @@ def pack(folder, target, args):
             archive.addfile(member, io.BytesIO(data))
         if bad == len(names):
             fail(f"none of the {bad} images in {folder} can be decoded")
-    archive_index(target, EXTENSIONS)
+    index_of([target], EXTENSIONS)
     return len(names) - bad, bad
 
 
@@ -110,11 +111,7 @@ def main(args):
     if not root.is_dir():
         fail(f"{root} is not a folder")
     out.mkdir(parents=True, exist_ok=True)
-    parts = {}
-    for split, folders in SPLITS.items():
-        if found := next((root / f for f in folders if (root / f).is_dir()), None):
-            parts[split] = found
-    for split, folder in (parts or {"train": root}).items():
+    for split, folder in (find_splits(root) or {"train": root}).items():
         target = out / f"{split}.tar"
         images, bad = pack(folder, target, args)
         size = target.stat().st_size / 2**20

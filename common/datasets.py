@@ -4,10 +4,11 @@ A dataset is anything with `__len__` and `__getitem__(i) -> (uint8 tensor (3, H,
 other channels says so in its attribute `channels`; one with `dtype` float32 gives such tensors, in [0, 255].
 """
 
+import collections
 import contextlib
-import functools
 import math
 import os
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +16,13 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from common import rng
-from common.archive import Names, archive_index, folder_index
+from common.archive import Names, folder_index
 from common.args import NAMED_SETS, fail
-from common.distributed import print0
+from common.folders import class_labels, data_path, describe, find_splits, left_out, note, scan_images, several
 from common.images import EXTENSIONS, MODES, BadImage, decode, is_deep
-from common.lists import read_list
-
-SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "test")}  # names of their folders
-ARCHIVES = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}  # beside train.tar and val.tar
+from common.lists import in_folder, read_list
+from common.shards import select
+from common.tars import Archives
 
 
 class Files:
@@ -57,14 +57,18 @@ class Files:
 
 
 class Tar(Files):
-    """Images in an uncompressed tar archive, read in any order and by any number of threads."""
+    """Images in tar archives, read in any order and by any number of threads. index: a tars.Index of the archives."""
 
-    def __init__(self, path, names, positions, sizes, labels=None, classes=None):
-        super().__init__(path, names, labels, classes)
-        self.positions, self.sizes, self.file = positions, sizes, open(path, "rb")
+    def __init__(self, archives, index, labels=None, classes=None):
+        super().__init__("", index.names, labels, classes)
+        self.archives, self.archive = Archives(archives), index.archive
+        self.positions, self.sizes = index.positions, index.sizes
+
+    def path(self, i):
+        return os.path.join(self.archives.paths[self.archive[i]], os.fsdecode(self.names[i]))
 
     def read(self, i):
-        return os.pread(self.file.fileno(), int(self.sizes[i]), int(self.positions[i]))
+        return self.archives.read(int(self.archive[i]), int(self.sizes[i]), int(self.positions[i]))
 
 
 class Arrays:
@@ -149,8 +153,12 @@ def open_dataset(data, split, image_list=None, required=True, channels=3):
     is not required. Anything wrong ends the program with code 2 and one line.
     """
     name, _, where = str(data).partition(":")
-    if name in NAMED_SETS and not image_list:
+    if name in NAMED_SETS and image_list is None:
+        if not where and os.path.exists(name):
+            note(f"--data {name} is the built-in set, not the folder of that name here, which is --data ./{name}")
         return _named(name, where, split, channels)
+    if name in NAMED_SETS and not os.path.exists(data):
+        fail(f"--{split}-list goes with --data FOLDER, not with the built-in {name}")
     dataset = _files(data, split, image_list, required)
     if dataset is not None:
         dataset.channels = channels
@@ -167,33 +175,33 @@ def open_dataset(data, split, image_list=None, required=True, channels=3):
 
 
 def _files(data, split, image_list, required):
-    root = Path(data)
-    if archive := _archive(root, split):
-        return _from_archive(archive, split, image_list, required)
+    if (found := select(data, split, image_list)) is not None:
+        archives, index, labels, classes = found
+        if index is None and required:
+            fail(f"--data {data} has no {split}/ folder inside, and no {split}.tar lies beside it")
+        return None if index is None else Tar(archives, index, labels, classes)
+    root = data_path(data)
     if not root.is_dir():
-        kind = "is not a folder or a .tar archive" if root.exists() else "does not exist"
-        fail(f"--data {data} {kind}: give a folder of images or one of {', '.join(NAMED_SETS)}")
-    if image_list:
-
-        @functools.cache
-        def listed(folder):  # once, which is faster than asking for each of a million files
-            return set(os.listdir(root / folder)) if (root / folder).is_dir() else ()
-
-        def there(path):
-            folder, _, name = path.rpartition("/")
-            return name in listed(folder)
-
-        return Files(root, *read_list(Path(image_list), split, there, root))
-    found = next((root / f for f in SPLITS[split] if (root / f).is_dir()), None)
-    if found is None and (split == "val" or (root / "val").is_dir()):
+        remedy = f"give a folder of images or one of {', '.join(NAMED_SETS)}"
+        if root.suffix.lower() in (".txt", ".csv", ".tsv", ".json", ".jsonl"):
+            remedy = f"give the folder of its images, and --{split}-list {data}"
+        fail(f"--data {data} is not a folder or a .tar archive: {remedy}")
+    if image_list is not None:
+        return Files(root, *read_list(image_list, split, in_folder(root), root))
+    splits = find_splits(root)
+    if split not in splits and (splits or split == "val"):
         if required:
-            fail(f"--data {data} has no {split}/ folder: put images for it there, or give --{split}-list")
+            there = f", only {several(path.name for path in splits.values())}/" if splits else ""
+            remedy = f"put images for it there, give --{split}-list, or the folder of the images as --data"
+            fail(f"--data {data} has no {split}/ folder{there}: {remedy}")
         return None
-    folder = found or root
-    names = folder_index(folder, scan_images)
+    folder = splits.get(split, root)
+    names, folders, left = folder_index(folder, scan_images, EXTENSIONS)
     if not len(names):
-        fail(f"no images in {folder}: expected files ending in {' '.join(EXTENSIONS)}")
-    return Files(folder, names, *(_classes(names.strings(), folder) if found else (None, None)))
+        text = left_out(left)
+        fail(f"no images in {folder}: expected files ending in {' '.join(EXTENSIONS)}{text and f'; {text}'}")
+    describe(folder, folders, left, bool(splits))
+    return Files(folder, names, *(class_labels(names.strings(), folder) if splits else (None, None)))
 
 
 def open_split(args, channels=3):
@@ -205,92 +213,91 @@ def open_split(args, channels=3):
 
 
 def open_labelled(data, train_list=None, val_list=None, channels=3):
-    """Training and test set of an evaluation: (train, val). Ends the program if labels are missing or do not agree."""
+    """Training and test set of an evaluation: (train, val), with the same class numbers. Ends the program if labels are
+    missing or do not agree."""
     lists = {"train": train_list, "val": val_list}
     train, val = (open_dataset(data, split, names, channels=channels) for split, names in lists.items())
     for split, flag, dataset in (("training", "--train-list", train), ("test", "--val-list", val)):
         if dataset.labels is None:
             fail(f"--data {data}: the {split} images have no labels (put them in class folders, or give {flag})")
-    if train.classes and val.classes and train.classes != val.classes:
-        odd = sorted(set(train.classes) ^ set(val.classes))[:5]
-        fail(f"--data {data}: train and val have different classes ({', '.join(odd)} ...)")
-    if unseen := sorted(set(map(int, val.labels)) - set(map(int, train.labels))):
-        fail(f"--data {data}: test labels that no training image has: {', '.join(map(str, unseen[:5]))}")
+    if reason := match_classes(train, val):
+        fail(f"--data {data}: {reason}")
+    name = train.classes or range(10**9)
+    if unseen := sorted(set(val.labels.tolist()) - set(train.labels.tolist())):
+        fail(f"--data {data}: test labels that no training image has: {several(name[i] for i in unseen)}")
+    if len(set(train.labels.tolist())) == 1:
+        fail(f"--data {data}: all images are of one class, {name[train.labels[0]]}: there is nothing to tell apart")
     return train, val
 
 
-def scan_images(folder):
-    """Relative paths of all images below a folder, sorted, and of all folders; links to folders are followed once."""
-
-    def unreadable(error):
-        fail(f"folder {error.filename} cannot be read: {error.strerror}")
-
-    def leads_up(folder, above):
-        """Is it a link to one of its own parents?"""
-        real = os.path.realpath(folder)
-        return os.path.islink(folder) and os.path.commonpath([real, os.path.realpath(above)]) == real
-
-    images, folders, root = [], [], os.path.join(folder, "")
-    for path, below, files in os.walk(root, onerror=unreadable, followlinks=True):
-        folders.append(os.path.join(path, "")[len(root) :])
-        below[:] = [name for name in below if not name.startswith(".") and not leads_up(os.path.join(path, name), path)]
-        files = [name for name in files if not name.startswith(".") and name.lower().endswith(EXTENSIONS)]
-        images += [folders[-1] + name for name in files]
-    return sorted(images), folders
-
-
-def _classes(paths, where):
-    """(labels, class names) from the first folder of each path; (None, None) if not every image lies in one."""
-    tops, loose = [p.partition("/")[0] for p in paths], [p for p in paths if "/" not in p]
-    if loose:
-        if len(loose) < len(paths):
-            beside = f"{len(loose)} images lie beside the class folders ({loose[0]!r} ...)"
-            print0(f"note: {where}: {beside}: none gets a label")
-        return None, None
-    number = {c: i for i, c in enumerate(sorted(set(tops)))}
-    return [number[top] for top in tops], list(number)
-
-
-def _archive(root, split):
-    """The tar archive that holds a split, if --data names an archive or a folder with archives instead of folders."""
-    if root.is_file() and root.suffix.lower() == ".tar":
-        pairs = {"train.tar": "val.tar", ARCHIVES["train"]: ARCHIVES["val"]}
-        other = root.parent / pairs.get(root.name, root.name)
-        return other if split == "val" and other.is_file() else root  # which itself may hold both
-    if any((root / folder).is_dir() for folder in SPLITS[split]):
+def match_classes(train, val):
+    """Gives `val` the class numbers of `train`, by the names of the classes. Returns why that cannot be, or None."""
+    if not train.classes or not val.classes:
         return None
-    return next((root / n for n in (f"{split}.tar", ARCHIVES[split]) if (root / n).is_file()), None)
+    counted = [only_numbers(part.classes) for part in (train, val)]
+    if counted[0] != counted[1]:  # numbers of a list on one side, names of folders on the other
+        part, named = (train, val) if counted[0] else (val, train)
+        places = {str(i) for i in range(len(named.classes))}
+        names = folder_classes(part)
+        if names and set(names.values()) & set(named.classes):
+            part.classes = [names.get(label, name) for label, name in enumerate(part.classes)]
+        elif set(part.classes) == places or (part is val and set(part.classes) < places):
+            note(f"the labels of the list are taken for class folders in alphabetical order: {named.classes[0]} is 0")
+            part.labels, part.classes = np.array([int(c) for c in part.classes])[part.labels], named.classes
+    elif all(counted) and (odd := _contradiction(train, val)):
+        note(odd)
+    if train.classes == val.classes:
+        return None
+    alike = collections.Counter(map(_folded, train.classes))
+    number = {_folded(c): i for i, c in enumerate(train.classes) if alike[_folded(c)] == 1}
+    number |= {c: i for i, c in enumerate(train.classes)}
+    new = [number.get(c, number.get(_folded(c), -1)) for c in val.classes]
+    if unknown := [val.classes[i] for i in np.unique(val.labels) if new[i] < 0]:
+        odd = several(sorted(set(train.classes) ^ set(val.classes)))
+        return f"train and val have different classes ({odd}): no training image is of {several(unknown)}"
+    val.labels, val.classes = np.array(new)[val.labels], train.classes
+    return None
 
 
-def _from_archive(path, split, image_list, required):
-    names, positions, sizes = archive_index(path, EXTENSIONS)
-    paths, classes = names.strings(), None
-    if image_list:
-        place = {p: i for i, p in enumerate(paths)}
-        wanted, labels = read_list(Path(image_list), split, place.__contains__, path)
-        rows = [place[p] for p in wanted]
-    else:  # train/class/image, perhaps below one more folder, or class/image
-        folders = {f for names in SPLITS.values() for f in names}
-        first = {p.partition("/")[0] for p in paths}
-        skip = 1 if len(first) == 1 and not first & folders else 0
-        tops = [p.split("/", skip + 1)[skip] for p in paths] if skip or first & folders else []
-        if set(tops) & folders:
-            rows = [i for i, top in enumerate(tops) if top in SPLITS[split]]
-            paths = [paths[i].split("/", skip + 1)[-1] for i in rows]
-        elif split == "val" and path.stem not in SPLITS["val"] and path.name != ARCHIVES["val"]:
-            rows = []
-        else:
-            rows = range(len(paths))
-        if not rows:
-            if required:
-                fail(f"--data {path} has no {split}/ folder inside, and no {split}.tar lies beside it")
-            return None
-        labels, classes = _classes(paths, path)
-        if classes and len(classes) == 1:  # one folder around everything says nothing
-            labels, classes = None, None
-    if len(rows) < len(names) or image_list:
-        names, positions, sizes = Names.of([names[i] for i in rows]), positions[rows], sizes[rows]
-    return Tar(path, names, positions, sizes, labels, classes)
+def _folded(name):
+    """A class in the spelling in which train/ and val/ may differ."""
+    return unicodedata.normalize("NFC", name).casefold()
+
+
+def _folders(dataset, most=None):
+    """{folder: its labels} of the images of a dataset, of at most so many."""
+    count = len(dataset.labels)
+    rows = np.arange(count) if most is None else np.linspace(0, count - 1, min(count, most)).astype(np.int64)
+    found = collections.defaultdict(set)
+    for i, label in zip(rows.tolist(), dataset.labels[rows].tolist(), strict=True):
+        found[os.path.basename(os.path.dirname(dataset.path(i)))].add(label)
+    return found
+
+
+def only_numbers(classes):
+    """Are classes called as those of a list of numbers?"""
+    return all(name.removeprefix("-").isdecimal() for name in classes)
+
+
+def folder_classes(dataset):
+    """{label: folder of its images} if that is one folder for each, else None."""
+    found = _folders(dataset)
+    names = {label: folder for folder, labels in found.items() for label in labels}
+    alone = len(names) == len(found) and all(len(labels) == 1 for labels in found.values())
+    return names if alone and "" not in found else None
+
+
+def _contradiction(train, val):
+    """Says where two lists give one folder different labels."""
+    found = [_folders(part, 10_000) for part in (train, val)]
+    for folder in sorted(found[0].keys() & found[1].keys() - {""}):
+        if all(len(labels[folder]) == 1 for labels in found):
+            first, second = (
+                part.classes[min(labels[folder])] for part, labels in zip((train, val), found, strict=True)
+            )
+            if first != second:
+                return f"the images in folders {folder}/ have the label {first} in training, {second} in the test set"
+    return None
 
 
 def _named(name, where, split, channels):
