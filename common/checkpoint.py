@@ -12,13 +12,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common import formats, layouts, networks, resnet, vit
+from common import formats, layouts, networks, resnet, swin, vit, xcit
 from common.args import default_size, fail
 from common.distributed import barrier, is_main, print0
 from common.files import atomic, make_folder
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
+MAKERS = {"vit": vit.vit, "swin": swin.swin, "xcit": xcit.xcit}  # of the networks that take whatever the shapes tell
 FORMAT = 2  # of last.pt: a state of another number is that of another version of these scripts
 
 
@@ -145,7 +146,8 @@ def init_from(path, model):
 def fit_channels(weights, network):
     """The weights with the first layer for images of other channels, where there is one right way: what grey images
     give is what they gave as three equal channels, and any channels give what their mean gave as a grey image."""
-    name = "conv1.weight" if "conv1.weight" in weights else "patch_embed.proj.weight"
+    names = ("conv1.weight", "patch_embed.proj.0.0.weight", "patch_embed.proj.weight")
+    name = next((name for name in names if name in weights), "")
     layer, own = weights.get(name), network.state_dict().get(name)
     if layer is None or own is None or layer.ndim != 4 or "input_filter" in weights | network.state_dict():
         return weights
@@ -174,7 +176,8 @@ def find_backbone(state, where, arch=None, key=None):
             fail(f"{where}: no whole backbone under --pretrained-key {key}; there is {', '.join(places)}")
         path, held = max(layouts.containers(state).items(), key=lambda item: len(item[1]), default=("", state))
         names = ", ".join(map(str, list(held)[:5])) or "none at all"
-        fail(f"{where}: no backbone found (a ResNet or a ViT); the names in {path[:-1] or 'it'} are {names} ...")
+        place = path[:-1] or "it"
+        fail(f"{where}: no backbone found (a ResNet, ViT, Swin or XCiT); the names in {place} are {names} ...")
 
     def rank(candidate):
         shape = network_shape(candidate, arch)
@@ -217,10 +220,7 @@ def network_shape(found, arch=None):
     """The arguments that build the network: what the file says, and where it says nothing, what its shapes tell."""
     if found.family == "library":
         return {k: found.meta[k] for k in ("arch", "width", "image_size", "channels")}
-    if found.family == "resnet":
-        told = layouts.resnet_shape(found.weights)
-    else:
-        told = layouts.vit_shape(found.weights, found.layout.heads, arch)
+    told = layouts.shape_of(found.family, found.weights, found.layout, arch)
     return told | {k: v for k, v in found.meta.items() if k in told and k != "image_size"}
 
 
@@ -232,8 +232,8 @@ def make_network(found, shape, where):
         dim = round(vit.ARCHS[shape["arch"]][0] * shape["width"])
         fail(f"{where}: a ViT of {dim} dimensions, whose number of heads is not known; try --arch")
     with torch.device("meta"):
-        if found.family == "vit":
-            return vit.vit(**shape)
+        if found.family in MAKERS:
+            return MAKERS[found.family](**shape)
         size = resnet.SMALL if shape["small"] else 224  # the stem goes with the size the network was trained at
         inputs = {"input_filter": found.weights.get("input_filter"), "channels": shape["channels"]}
         backbone = resnet.resnet(shape["arch"], shape["width"], size, **inputs)
@@ -302,7 +302,7 @@ def load_backbone(
     meta = {"method": "random", "arch": arch or "resnet50", "width": width or 1.0, "image_size": image_size or 224}
     meta |= default_statistics(channels or 3)
     torch.manual_seed(seed)
-    make = vit.vit if meta["arch"].startswith("vit") else networks.network
+    make = MAKERS.get(meta["arch"].split("_")[0], networks.network)
     backbone = make(**{k: meta[k] for k in ("arch", "width", "image_size", "channels")})
     same = f"{meta['arch']}, width {meta['width']:g}, {meta['image_size']} px, {meta['channels']} channels"
     print0(f"pretrained  random: {same}; compare with networks of the same --arch, --width and --image-size")
@@ -359,6 +359,12 @@ def build_backbone(found, path, arch=None, width=None, image_size=None, channels
         kind += f", patches of {patch}, {shape['heads']} heads"
         kind += "" if "heads" in found.meta else " (assumed from layout and dimension: the tensors do not show it)"
         name = layouts.FIXED.get(shape["positions"], name) if name == "unknown" else name
+    elif found.family in MAKERS:
+        size = image_size or found.meta.get("image_size", size)
+        backbone = make_network(found, shape | {"image_size": size}, where)  # its size decides which windows shift
+        kind += f", patches of {shape['patch_size']}"
+        if found.family == "swin":
+            kind += f", windows of {'/'.join(map(str, shape['window']))}, {'/'.join(map(str, shape['depths']))} blocks"
     if shape.get("small"):
         padded = ", padded by 2" if found.layout.padding == 2 else ""
         kind += ", 3x3 stem" + ("" if own else f" without max-pooling{padded} (assumed: the tensors do not show it)")

@@ -2,8 +2,9 @@
 
 A backbone is looked for wherever the name of one of its tensors ends a name in the file: what stands before it, the
 dictionaries around it included, is the place. A naming turns the names there into those used here (ResNet:
-torchvision's, ViT: timm's), a layout says whose file has such a place. Architecture, width and stem are then read from
-the shapes. Whether all of this was right is decided by the strict comparison in checkpoint.py, not here.
+torchvision's, ViT: timm's, Swin and XCiT: the official ones), a layout says whose file has such a place. Architecture,
+width and stem are then read from the shapes. Whether all of this was right is decided by the strict comparison in
+checkpoint.py, not here.
 """
 
 import re
@@ -12,7 +13,8 @@ from typing import NamedTuple
 import torch
 from torchvision.models.resnet import Bottleneck
 
-from common import resnet, vit
+from common import namings, resnet, swin, vit, xcit
+from common.namings import shaped
 
 # What parallel, compiled, sharded and averaged modules put into names, wherever they stand.
 WRAPPERS = "module _module _orig_mod _forward_module _fsdp_wrapped_module _checkpoint_wrapped_module _fpw_module"
@@ -25,6 +27,7 @@ class Layout(NamedTuple):
     also: str = ""  # pattern of what else there must be: the start of a key of the file, or of a name beside the place
     heads: tuple = ()  # (dim, attention heads) where the number is not the usual one
     padding: int = 1  # of a 3x3 stem
+    eps: float = 1e-5  # of the norms of a Swin
 
 
 # From the particular to the general: the first that fits. Of several complete backbones with equally many tensors the
@@ -46,8 +49,10 @@ LAYOUTS = (
     Layout("one of Feature Transformation, PyContrast", r"model\.encoder\.", "contrast$"),
     Layout("iBOT", r"teacher\.backbone\.", "ibot_loss$"),
     Layout("DINOv2", r"teacher\.backbone\.", "dino_head\\."),
-    Layout("EsViT", r"teacher\.(backbone\.)?", "head_dense\\."),
+    Layout("EsViT", r"teacher\.(backbone\.)?", "head_dense\\.", eps=1e-6),
     Layout("DINO", r"teacher\.backbone\."),
+    Layout("EsViT", r"teacher\.", "head\\.", eps=1e-6),
+    Layout("SimMIM", r"model\.encoder\.", r"decoder\.0\."),
     Layout("MAE", r"(model\.)?", "decoder_embed\\."),
     Layout("OBoW", r"network\.(feature_extractor\.)?(_feature_blocks\.)?"),
     Layout("VISSL", r"classy_state_dict\.base_model\.model\.trunk\.(_feature_blocks\.)?"),
@@ -126,6 +131,13 @@ NAMINGS = (
     Naming("OBoW", "resnet", "1.0.conv1.weight", CHILDREN_OBOW),
     Naming("lightly in sequence", "resnet", "2.0.conv1.weight", CHILDREN_LIGHTLY, stem_relu=False),
     Naming("transformers", "resnet", "encoder.stages.0.layers.0.layer.0.convolution.weight", RESNET_TRANSFORMERS),
+    Naming("timm", "swin", "layers.3.downsample.norm.weight", namings.SWIN_TIMM),
+    Naming("official", "swin", "layers.0.blocks.0.attn.relative_position_bias_table", {}),
+    Naming("torchvision", "swin", "features.1.0.attn.relative_position_bias_table", namings.SWIN_TORCHVISION),
+    Naming("mmcls", "swin", "stages.0.blocks.0.attn.w_msa.relative_position_bias_table", namings.SWIN_MMCLS),
+    Naming("transformers", "swin", "encoder.layers.0.blocks.0.layernorm_before.weight", namings.SWIN_TRANSFORMERS),
+    Naming("official", "xcit", "pos_embeder.token_projection.weight", {}),
+    Naming("timm", "xcit", "pos_embed.token_projection.weight", namings.XCIT_TIMM),
     Naming("timm", "vit", "blocks.0.attn.qkv.weight", {}),
     Naming("DINOv2", "vit", "blocks.0.0.attn.qkv.weight", VIT_CHUNKS),
     Naming("mmcls", "vit", "layers.0.attn.qkv.weight", VIT_MMCLS),
@@ -137,9 +149,13 @@ NAMINGS = (
 HEADS = (
     r"fc\d?|linear|(\w+_)?heads?(_\w+)?|classifier|projector|predictor|prototypes|pre_logits|pooler|decoder|sobel_layer"
 )
-HEADS = rf"({HEADS})\.|mask(ed)?_(token|embed)$|decoder_|n_averaged$"
+HEADS = rf"({HEADS})\.|mask(ed)?_(token|embed)$|decoder_|n_averaged$|.*\.(relative_position_index|attn_mask)$"
 # What transformers can also build with the same names: the settings of config.json that give the networks built here.
-CONFIG = {"vit": {"hidden_act": "gelu"}, "resnet": {"hidden_act": "relu", "downsample_in_bottleneck": False}}
+CONFIG = {
+    "vit": {"hidden_act": "gelu"},
+    "swin": {"hidden_act": "gelu"},
+    "resnet": {"hidden_act": "relu", "downsample_in_bottleneck": False},
+}
 
 
 # Grey and its two derivatives (Sobel) of a colour image, as one convolution: what a first layer of 2 channels sees.
@@ -191,7 +207,8 @@ def _own(state):
     prefix, tensors = str(state.get("backbone_prefix", "")), containers(state).get(place, {})
     weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     arch = str(meta.get("arch"))
-    family = "vit" if arch in vit.ARCHS else "library" if ":" in arch else "resnet"
+    known = {"vit": vit.ARCHS, "swin": swin.ARCHS, "xcit": xcit.ARCHS}
+    family = next((family for family in known if arch in known[family]), "library" if ":" in arch else "resnet")
     return Found("unknown", family, weights, place + prefix, NAMINGS[0], UNKNOWN, _total(tensors), meta)
 
 
@@ -226,6 +243,7 @@ def candidates(state, key=None):
             )
             part = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             weights, name = _renamed(part, naming.renames), layout.name
+            weights = namings.merged(weights) if (naming.name, naming.family) == ("mmcls", "swin") else weights
             if naming.family == "vit" and not weights.keys() & {"cls_token", "pos_embed", "patch_embed.proj.weight"}:
                 continue  # a stage of another network
             if not own and _reads_edges(weights):
@@ -244,9 +262,7 @@ def _fits(layout, place, state, tensors):
 
 
 def _renamed(weights, renames):
-    for pattern, replacement in renames.items():
-        weights = {re.sub(pattern, replacement, name): value for name, value in weights.items()}
-    weights = {name: value for name, value in weights.items() if not re.match(HEADS, name)}
+    weights = {k: v for k, v in namings.renamed(weights, renames).items() if not re.match(HEADS, k)}
     for name in [name for name in weights if ".attn.q." in name]:  # queries, keys and values are one layer here
         parts = [weights.get(name.replace(".attn.q.", f".attn.{part}.")) for part in "qkv"]
         if all(part is not None and part.shape == parts[0].shape and part.ndim for part in parts):
@@ -262,12 +278,6 @@ def _reads_edges(weights):
 
 
 # ------------------------------------------------------------------------------------------------------ shapes
-def _shaped(weights, name, *shape):
-    """A tensor of the file; where there is none with as many dimensions, one of the usual shape."""
-    value = weights.get(name)
-    return value if value is not None and value.ndim == len(shape) else torch.empty(shape)
-
-
 def resnet_shape(weights):
     """What the shapes tell of a ResNet: arch (the nearest one), width, small (a 3x3 stem), channels of the images."""
     blocks = [len({k.split(".")[1] for k in weights if k.startswith(f"layer{i}.")}) for i in range(1, 5)]
@@ -277,8 +287,8 @@ def resnet_shape(weights):
         block, counts = resnet.ARCHS[arch]
         return (block is Bottleneck) != bottleneck, sum(abs(a - b) for a, b in zip(blocks, counts, strict=True))
 
-    stem = _shaped(weights, "conv1.weight", 64, 3, 7, 7)
-    inputs = _shaped(weights, "input_filter", 2, 3, 3, 3) if "input_filter" in weights else stem
+    stem = shaped(weights, "conv1.weight", 64, 3, 7, 7)
+    inputs = shaped(weights, "input_filter", 2, 3, 3, 3) if "input_filter" in weights else stem
     told = {"arch": min(resnet.ARCHS, key=distance), "width": len(stem) / 64, "small": stem.shape[-1] == 3}
     return told | {"channels": inputs.shape[1], "filtered": "input_filter" in weights}
 
@@ -289,9 +299,9 @@ def vit_shape(weights, heads=(), arch=None):
     They do not tell the number of heads. heads: (dim, heads) where the layout knows it, else the usual one of the
     dimension is taken, or that of arch if no architecture has this dimension; None if nothing helps.
     """
-    dim = _shaped(weights, "cls_token", 1, 1, 768).shape[2]
-    proj = _shaped(weights, "patch_embed.proj.weight", dim, 3, 16, 16)
-    table = _shaped(weights, "pos_embed", 1, 197, len(proj))
+    dim = shaped(weights, "cls_token", 1, 1, 768).shape[2]
+    proj = shaped(weights, "patch_embed.proj.weight", dim, 3, 16, 16)
+    table = shaped(weights, "pos_embed", 1, 197, len(proj))
     dim, patch = len(proj), proj.shape[-1]
     name = next((name for name, row in vit.ARCHS.items() if row[0] == dim), arch if arch in vit.ARCHS else "vit_tiny")
     usual = None if dim % 64 else dim // 64
@@ -302,7 +312,7 @@ def vit_shape(weights, heads=(), arch=None):
     if dim == 384 and positions == "sincos-yx":  # among published ViT-S only those of MoCo v3 have this table
         heads = (384, 12)
     usual = heads[1] if heads and heads[0] == dim else usual
-    hidden = len(_shaped(weights, "blocks.0.mlp.fc1.weight", 4 * dim, dim))
+    hidden = len(shaped(weights, "blocks.0.mlp.fc1.weight", 4 * dim, dim))
     usual = usual if usual and dim % usual == 0 and dim % 4 == 0 else None
     depth = len({k.split(".")[1] for k in weights if k.startswith("blocks.")})
     told = {"arch": name, "width": dim / vit.ARCHS[name][0], "image_size": max(1, side) * patch, "patch_size": patch}
@@ -320,6 +330,24 @@ def _positions(table, dim, side):
     return "learned"
 
 
+def _family(weights):
+    marks = {
+        "pos_embed": "vit",
+        "layers.0.blocks.0.norm1.weight": "swin",
+        "pos_embeder.token_projection.weight": "xcit",
+    }
+    return next((family for mark, family in marks.items() if mark in weights), "resnet")
+
+
+def shape_of(family, weights, layout=UNKNOWN, arch=None):
+    """What the shapes tell of a network: the arguments that build it. arch: what it is said to be."""
+    if family == "vit":
+        return vit_shape(weights, layout.heads, arch)
+    if family == "swin":
+        return namings.swin_shape(weights, layout.eps)
+    return namings.xcit_shape(weights) if family == "xcit" else resnet_shape(weights)
+
+
 # Why a model cannot take the weights of a file, and the flags that make it like the network there. {0}: of the file.
 REASONS = {
     "small": "images {2} 64 px get a {3} stem, the file has {4}: --image-size {5}",
@@ -328,6 +356,8 @@ REASONS = {
     "channels": "the file is for images of {0} channels, this model for {1}: --channels {0}",
     "patch_size": "the file has patches of {0} pixels, this model of {1}: --patch-size {0}",
     "depth": "the file has {0} blocks, this model {1}: --depth {0}",
+    "depths": "the file has {0} blocks in its stages, this model {1}",
+    "window": "the file has windows of {0} in its stages, this model of {1}: --window",
     "pool": "the file pools by {0}, this model by {1}",
     "layer_scale": "only one of the two scales its layers",
     "filtered": "only one of the two sees the images through a fixed filter (input_filter)",
@@ -336,8 +366,7 @@ REASONS = {
 
 def explain(found, backbone):
     """The reasons why the weights that were found are not those of a backbone, in words."""
-    both = (found.weights, backbone.state_dict())
-    there, here = (vit_shape(weights) if "pos_embed" in weights else resnet_shape(weights) for weights in both)
+    there, here = (shape_of(_family(weights), weights) for weights in (found.weights, backbone.state_dict()))
     there = {"arch": found.meta["arch"]} if found.family == "library" else there
     here = {"arch": backbone.arch} if hasattr(backbone, "arch") else here
     differ = [k for k in REASONS if k in there and k in here and there[k] != here[k]]

@@ -21,26 +21,15 @@ ARCHS = {
     "swin_base": (128, (2, 2, 18, 2), 4),
     "swin_large": (192, (2, 2, 18, 2), 6),
 }
-# Names in torchvision -> here, and here -> in torchvision; applied in this order.
-FROM_TORCHVISION = {
-    r"^features\.0\.0\.": "patch_embed.proj.",
-    r"^features\.0\.2\.": "patch_embed.norm.",
-    **{rf"^features\.{2 * s + 1}\.": f"layers.{s}.blocks." for s in range(8)},
-    **{rf"^features\.{2 * s + 2}\.": f"layers.{s}.downsample." for s in range(8)},
-    r"\.mlp\.0\.": ".mlp.fc1.",
-    r"\.mlp\.3\.": ".mlp.fc2.",
-}
-TO_TORCHVISION = {
-    r"^patch_embed\.proj\.": "features.0.0.",
-    r"^patch_embed\.norm\.": "features.0.2.",
-    **{rf"^layers\.{s}\.blocks\.": f"features.{2 * s + 1}." for s in range(8)},
-    **{rf"^layers\.{s}\.downsample\.": f"features.{2 * s + 2}." for s in range(8)},
-    r"\.mlp\.fc1\.": ".mlp.0.",
-    r"\.mlp\.fc2\.": ".mlp.3.",
-}
 
 
-@functools.lru_cache(maxsize=64)
+def kept(function):
+    """Computes for each of the last arguments once; a compiled network holds the results by itself."""
+    known = functools.lru_cache(maxsize=64)(function)
+    return lambda *key: function(*key) if torch.compiler.is_compiling() else known(*key)
+
+
+@kept
 def pairs(window, device):
     """Row of the bias table for each pair of places in a window: (window^4,), query before key, row by row."""
     row, column = torch.arange(window**2, device=device).div(window, rounding_mode="floor"), torch.arange(window**2)
@@ -49,7 +38,7 @@ def pairs(window, device):
     return (down * (2 * window - 1) + right).flatten()
 
 
-@functools.lru_cache(maxsize=64)
+@kept
 def strangers(rows, columns, window, shift, device):
     """Which pairs of places in a window were not neighbours before the map was rolled: (windows, window^2, window^2).
     rows, columns: of the map, multiples of the window."""
@@ -142,7 +131,7 @@ class Swin(nn.Module):
 
     def __init__(self, dim, depths, heads, window, patch_size=4, image_size=224, eps=1e-5, channels=3):
         super().__init__()
-        self.patch_size, self.image_size = patch_size, image_size
+        self.patch_size, self.pool = patch_size, "mean"
         proj = nn.Conv2d(channels, dim, patch_size, stride=patch_size)
         self.patch_embed = nn.ModuleDict({"proj": proj, "norm": nn.LayerNorm(dim, eps=eps)})
         self.layers, sides = nn.ModuleList(), map_sides(image_size, patch_size, len(depths))

@@ -157,7 +157,7 @@ class XCiT(nn.Module):
 
     def __init__(self, dim, depth, heads, patch_size=16, scale=1.0, norm_all=True, channels=3):
         super().__init__()
-        self.dim, self.heads, self.patch_size = dim, heads, patch_size
+        self.dim, self.heads, self.patch_size, self.pool = dim, heads, patch_size, "cls"
         self.patch_embed = stem(patch_size, dim, channels)
         self.pos_embeder = Positions(dim)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim))

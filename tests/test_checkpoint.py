@@ -21,7 +21,9 @@ import deepcluster
 from common.checkpoint import IMAGENET, init_from, load_backbone, save_file, save_run
 from common.formats import write_safetensors
 from common.resnet import resnet
+from common.swin import Swin, swin
 from common.vit import ViT, vit
+from common.xcit import XCiT, xcit
 from tests import helpers
 from tests.helpers import different, main, parsed, state, train
 
@@ -44,6 +46,9 @@ VIT = lively(vit("vit_tiny", 32, patch_size=8, depth=2))
 LEARNED = lively(vit("vit_tiny", 32, patch_size=8, depth=2, positions="learned"))
 SCALED = lively(vit("vit_tiny", 32, patch_size=8, depth=2, positions="learned", layer_scale=0.1))
 SMALL = lively(ViT(384, 1, 12, 8, 32, "sincos-yx"))
+SHAPE = {"width": 0.25, "patch_size": 1, "window": 4}  # 32, 16, 8, 4: the last window is the whole map
+SWIN, SWIN_6 = (lively(swin("swin_tiny", 32, **SHAPE, depths=(2, 1, 2, 1), eps=eps)) for eps in (1e-5, 1e-6))
+XCIT, NANO = lively(xcit("xcit_small_12", 32, 0.25, 4, 2)), lively(xcit("xcit_nano_12", 32))
 IMAGES, LARGER = (torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(1)) for size in (32, 48))
 
 
@@ -96,6 +101,48 @@ def mmcls(network):
     pairs = [("patch_embed.proj.", "patch_embed.projection."), ("blocks.", "layers."), ("mlp.fc1", "ffn.layers.0.0")]
     pairs += [("mlp.fc2", "ffn.layers.1"), (".norm1.", ".ln1."), (".norm2.", ".ln2."), ("^norm.", "^ln1."), ("^", "")]
     return renamed(under("^", network), *pairs)
+
+
+def swin_torchvision(network):
+    pairs = [(f"^layers.{s}.blocks.", f"features.{2 * s + 1}.") for s in range(4)]
+    pairs += [(f"^layers.{s}.downsample.", f"features.{2 * s + 2}.") for s in range(4)]
+    pairs += [("^patch_embed.proj.", "features.0.0."), ("^patch_embed.norm.", "features.0.2."), ("^", "")]
+    return renamed(under("^", network), *pairs, ("mlp.fc1", "mlp.0"), ("mlp.fc2", "mlp.3"))
+
+
+def swin_mmcls(network):
+    """As `PatchMerging` of mmcls with nn.Unfold: channel by channel the four neighbours, row by row."""
+    pairs = [("patch_embed.proj.", "patch_embed.projection."), ("^layers.", "^stages."), (".attn.", ".attn.w_msa.")]
+    pairs += [("mlp.fc1", "ffn.layers.0.0"), ("mlp.fc2", "ffn.layers.1"), ("^norm.", "^norm3."), ("^", "")]
+    weights = renamed(under("^", network), *pairs)
+    order = [0, 2, 1, 3]  # there column by column
+    return {
+        name: v.unflatten(-1, (4, -1))[..., order, :].transpose(-1, -2).flatten(-2) if "downsample" in name else v
+        for name, v in weights.items()
+    }
+
+
+def swin_transformers(network):
+    pairs = [("^patch_embed.proj.", "embeddings.patch_embeddings.projection."), ("^patch_embed.", "embeddings.")]
+    pairs += [("^norm.", "layernorm."), ("^layers.", "encoder.layers."), ("attn.proj", "attention.output.dense")]
+    pairs += [(".norm1.", ".layernorm_before."), (".norm2.", ".layernorm_after."), ("attn.rel", "attention.self.rel")]
+    pairs += [("mlp.fc1", "intermediate.dense"), ("mlp.fc2", "output.dense"), ("^", "")]
+    result = {}
+    for name, value in renamed(under("^", network), *pairs).items():
+        for part, third in zip(("query", "key", "value"), value.chunk(3) if "qkv" in name else [], strict=False):
+            result[name.replace("attn.qkv", f"attention.self.{part}")] = third
+        result |= {} if "qkv" in name else {name: value}
+    return result
+
+
+def xcit_timm(network):
+    """Its blocks of the class token have a layer each for queries, keys and values."""
+    result = {}
+    for name, value in renamed(under("", network), ("pos_embeder", "pos_embed")).items():
+        parts = value.chunk(3) if name.startswith("cls_attn") and "qkv" in name else []
+        result |= {name.replace("qkv", part): third for part, third in zip("qkv", parts, strict=False)}
+        result |= {} if parts else {name: value}
+    return result
 
 
 def children(network):
@@ -165,7 +212,7 @@ ARGS = argparse.Namespace(lr=np.float64(0.1), out=Path("a/b"), flag=np.bool_(Tru
 
 # name of the layout in the printed line, the network, and a file as its authors write it
 TORCHVISION, TIMM = "unknown method (names of torchvision)", "unknown method (names of timm)"
-TRANSFORMERS = "unknown method (names of transformers)"
+TRANSFORMERS, OFFICIAL = "unknown method (names of transformers)", "unknown method (names of official)"
 FILES = {
     "moco": ("MoCo", RESNET, {"epoch": 200, "arch": "resnet50", "optimizer": {"state": {}}, "state_dict":
         under("module.encoder_q.", RESNET) | under("module.encoder_k.", RESNET, 1.0)
@@ -266,6 +313,27 @@ FILES = {
     "timm resnet": (TORCHVISION, STEM, under("", STEM) | head("fc.weight", "fc.bias")),
     "timm vit": (TIMM, LEARNED, under("", LEARNED) | head("head.weight", "head.bias")),
     "torchvision references": (TORCHVISION, BASIC, {"model": under("", BASIC) | head("fc.weight"), "args": ARGS}),
+    "swin": (OFFICIAL, SWIN, {"model": under("", SWIN) | head("head.weight", "layers.0.blocks.1.attn_mask")
+        | head("layers.0.blocks.0.attn.relative_position_index"), "max_accuracy": 1.0}),
+    "swin torchvision": (TORCHVISION, SWIN, swin_torchvision(SWIN) | head("head.weight")
+        | head("features.1.0.attn.relative_position_index")),
+    "swin timm": (TIMM, SWIN, head("head.fc.weight")
+        | renamed(under("", SWIN), *((f"layers.{s}.down", f"layers.{s + 1}.down") for s in (2, 1, 0)))),
+    "swin esvit": ("EsViT", SWIN_6, {"args": ARGS, "student": under("module.", SWIN_6, 1.0),
+        "teacher": under("module.", SWIN_6) | head("module.head.mlp.0.weight", "module.head_dense.mlp.0.weight")}),
+    "swin esvit, views": ("EsViT", SWIN_6, {"student": under("module.", SWIN_6, 1.0) | head("module.head.mlp.0.bias"),
+        "teacher": under("", SWIN_6) | head("head.mlp.0.weight", "head.last_layer.weight_g")}),
+    "swin simmim": ("SimMIM", SWIN, {"lr_scheduler": {}, "model":
+        under("encoder.", SWIN) | head("encoder.mask_token", "decoder.0.weight", "decoder.0.bias")}),
+    "swin mmselfsup": ("MMSelfSup", SWIN, {"meta": {}, "state_dict":
+        prefixed("backbone.", swin_mmcls(SWIN)) | head("backbone.mask_token", "neck.decoder.0.weight")}),
+    "swin transformers": (TRANSFORMERS, SWIN, prefixed("swin.", swin_transformers(SWIN))
+        | head("swin.embeddings.mask_token", "decoder.0.weight")),
+    "xcit": (OFFICIAL, XCIT, {"model": under("", XCIT) | head("head.weight", "head.bias")}),
+    "xcit timm": (TIMM, XCIT, xcit_timm(XCIT) | head("head.weight")),
+    "xcit dino": ("DINO", XCIT, {"args": ARGS, "student": under("module.backbone.", XCIT, 1.0),
+        "teacher": under("module.backbone.", XCIT) | head("module.head.mlp.0.weight")}),
+    "xcit dino backbone": (OFFICIAL, NANO, under("", NANO)),
     "averaged": (TORCHVISION, BASIC, under("module.", BASIC) | head("n_averaged")),
     "compiled": (TORCHVISION, BASIC, {"model": under("module._orig_mod.", BASIC)}),
     "compiled inside": (TORCHVISION, BASIC, {"state_dict": under("backbone._orig_mod.", BASIC)}),
@@ -290,7 +358,13 @@ def test_published_layout(name, tmp_path, capsys):
     count = len(network.state_dict())
     assert f": {layout}, {meta['arch']}" in out and f"tensors matched {count}/{count}\n" in out
     assert "normalised  with ImageNet's" in out and meta["mean"] == IMAGENET["mean"]
-    if hasattr(network, "tokens"):
+    if isinstance(network, Swin):
+        assert {k: meta[k] for k in network.config} == network.config and meta["image_size"] == 32
+        assert meta["arch"] == "swin_tiny" and "patches of 1, windows of 4/4/4/4, 2/1/2/1 blocks" in out
+    elif isinstance(network, XCiT):
+        assert {k: meta[k] for k in network.config} == network.config and meta["image_size"] == 224
+        assert (meta["arch"], meta["width"]) == (("xcit_nano_12", 1) if network is NANO else ("xcit_small_12", 0.25))
+    elif hasattr(network, "tokens"):
         assert meta["heads"] == network.heads and meta["depth"] == len(network.blocks) and meta["patch_size"] == 8
         assert f"{network.heads} heads (assumed" in out and meta["image_size"] == 32
     else:

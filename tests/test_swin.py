@@ -1,14 +1,13 @@
 """Swin transformers: windows, shifts and their masks, stages, names, and equality with torchvision's networks."""
 
-import re
-
 import numpy as np
 import pytest
 import torch
 import torchvision
 from torchvision.models.swin_transformer import SwinTransformer
 
-from common.swin import ARCHS, FROM_TORCHVISION, TO_TORCHVISION, WindowAttention, default_patch, default_window, swin
+from common.namings import SWIN_TORCHVISION, TO_TORCHVISION, renamed
+from common.swin import ARCHS, WindowAttention, default_patch, default_window, swin
 from common.vit import path_factors
 from tests.helpers import refused, rows
 
@@ -22,12 +21,6 @@ def small(image_size=32, window=4, **more):
         if p.ndim == 1 or name.endswith("table"):  # norms, biases and tables as after training
             torch.nn.init.normal_(p, 0.5 if name.endswith("norm.weight") else 0.0, 0.5)
     return model
-
-
-def renamed(weights, table):
-    for pattern, replacement in table.items():
-        weights = {re.sub(pattern, replacement, name): value for name, value in weights.items()}
-    return weights
 
 
 def slow_attention(layer, x):
@@ -82,7 +75,7 @@ def test_equal_to_torchvisions(arch, name, millions):
     count = sum(p.numel() for p in theirs.parameters())
     assert count / 1e6 == pytest.approx(millions, abs=0.5)  # published, with the classifier
     theirs.head = torch.nn.Identity()
-    weights = renamed(theirs.state_dict(), FROM_TORCHVISION)
+    weights = renamed(theirs.state_dict(), SWIN_TORCHVISION)
     weights = {k: v for k, v in weights.items() if not k.endswith("relative_position_index")}
     with torch.device("meta"):
         models = {224: swin(f"swin_{arch}"), 96: swin(f"swin_{arch}", 96, window=(7, 7, 7, 7))}
