@@ -8,7 +8,7 @@ Written to --out, features/ beside the checkpoint by default:
     features.npy    (N, D) in the order of the data set, float32 (--fp16: half), written as it is computed: it may be
                     larger than memory. With several --features a file each: features_feat4.npy, features_feat5.npy
     paths.txt       the path of each row, one per line (a line break in a name is written as a backslash and n)
-    labels.npy      (N,) int64, where there are labels
+    labels.npy      (N,) int64, where there are labels: the numbers in a list, else those of the names in order
 
 Images are seen as in the other evaluations: shorter side to 256, central 224 x 224 pixels (images of at most 64 pixels:
 no margin). Where one cannot be decoded, a warning names it, and its row holds the features of its neighbour. The rows
@@ -25,7 +25,7 @@ import torch
 from common.args import Parser, fail, positive, toggle
 from common.augment import EvalView
 from common.checkpoint import load_pretrained
-from common.datasets import open_split
+from common.datasets import only_numbers, open_split
 from common.distributed import any_process, barrier, end_processes, is_main, print0
 from common.features import Features, usual_interpolation
 from common.files import atomic, make_folder, result_folder, temporary
@@ -93,8 +93,11 @@ def write_paths(out, dataset):
     if dataset.labels is None:
         (out / "labels.npy").unlink(missing_ok=True)  # of another data set
         return
+    labels, classes = np.asarray(dataset.labels, dtype=np.int64), dataset.classes
+    if classes and only_numbers(classes) and max(map(len, classes)) < 19:  # those of a list, not their places
+        labels = np.array([int(name) for name in classes], np.int64)[labels]
     with atomic(out / "labels.npy") as path:
-        np.save(path, np.asarray(dataset.labels, dtype=np.int64))
+        np.save(path, labels)
     print0(f"{out / 'labels.npy'}: {len(dataset):,} labels, {len(np.unique(dataset.labels)):,} classes")
 
 

@@ -9,7 +9,6 @@ import contextlib
 import math
 import os
 import unicodedata
-from pathlib import Path
 
 import numpy as np
 import torch

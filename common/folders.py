@@ -48,13 +48,13 @@ def data_path(data):
     path = Path(data)
     if not str(data).strip():
         fail("--data is empty")
-    if not path.exists() and str(data).startswith("~"):
-        path = path.expanduser()
-    if path.exists():
+    if not os.path.exists(path) and str(data).startswith("~"):
+        path = Path(os.path.expanduser(path))
+    if os.path.exists(path):
         return path
-    if path.is_symlink():
+    if os.path.islink(path):
         fail(f"--data {data} is a link to {os.readlink(path)}, which does not exist")
-    there = next((p for p in path.parents if p.is_dir()), Path("."))
+    there = next((p for p in path.parents if os.path.isdir(p)), Path("."))
     missing = path.relative_to(there).parts[0] if there != Path(".") else path.parts[0]
     try:
         names = [*os.listdir(there), *(NAMED_SETS if len(path.parts) == 1 else ())]
@@ -154,7 +154,7 @@ def find_splits(root):
     if rest or any(split != name for split, name in used.items()):
         purpose = {"train": "training", "val": "validation and tests"}
         text = ", ".join(f"{name}/ is for {purpose[split]}" for split, name in used.items())
-        note(f"{root}: {text}" + (f"; not used: {several(rest)}" if rest else ""))
+        note(f"{root}: {text}" + (f"; not used without a list: {several(rest)}" if rest else ""))
     return {split: root / name for split, name in used.items()}
 
 

@@ -284,10 +284,11 @@ def find_list(image_list, split, root):
     flag, folder = f"--{split}-list {image_list}", Path(root) if Path(root).is_dir() else Path(root).parent
     if not str(image_list).strip():
         fail(f"--{split}-list is empty")
-    places = [Path(image_list).expanduser(), folder / image_list]
+    places = [Path(os.path.expanduser(image_list)), folder / image_list]
     there = [path for path in places if path.exists()]
     if not there:
-        near = nearest_name(places[0].name, os.listdir(places[0].parent) if places[0].parent.is_dir() else ())
+        names = [name for path in places if path.parent.is_dir() for name in os.listdir(path.parent)]
+        near = nearest_name(places[0].name, names[:10_000])
         fail(f"{flag} does not exist, here or in {folder}{near}")
     if there[0].is_dir():
         fail(f"{flag} is a folder: expected a list file (a folder of images is for --data)")

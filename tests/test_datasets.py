@@ -8,7 +8,9 @@ import torch
 
 from common.args import default_size
 from common.augment import View
-from common.datasets import Files, evenly_spaced, open_dataset
+from common.classes import class_names
+from common.datasets import Files, evenly_spaced, open_dataset, open_labelled
+from common.folders import note, split_of
 from common.loader import Loader
 from tests.helpers import encode, photo, refused, write_images
 
@@ -70,7 +72,7 @@ def test_lists_with_and_without_labels(tmp_path):
     (tmp_path / "list.txt").write_text(text, encoding="utf-8")
     dataset = open_dataset(tmp_path, "train", tmp_path / "list.txt")
     assert paths(dataset) == ["x/two words.jpg", "ü.png", "x/1.jpg"]
-    assert dataset.labels.tolist() == [3, 0, 12] and dataset[2][1] == 12
+    assert dataset.labels.tolist() == [1, 0, 2] and dataset[2][1] == 2 and dataset.classes == ["0", "3", "12"]
     (tmp_path / "list.txt").write_text("x/two words.jpg\n# x/5.jpg\ny/3 4.jpg\nx/1.jpg")
     dataset = open_dataset(tmp_path, "val", str(tmp_path / "list.txt"))
     assert paths(dataset) == ["x/two words.jpg", "y/3 4.jpg", "x/1.jpg"]
@@ -82,8 +84,9 @@ MALFORMED = {
     "# header\n1.jpg\n\n2.jpg 4\n": "line 4:",
     "1.jpg 0\n2.jpg cat\n": "line 2:",
     "1.jpg 0\n3.jpg 0\n": "line 2:",
-    "1.jpg 0\n2.jpg -1\n": "line 2:",
-    "\n1.jpg ²\n": "line 2:",
+    "1.jpg 0\n2.jpg 0.5\n": "line 2:",
+    "\n1.jpg 0 1 0\n": "line 2:",
+    "1.jpg 0\n2.jpg ²\n": "line 2:",
     "# nothing\n\n": "names no image",
 }
 
@@ -109,6 +112,226 @@ def test_folder_that_is_missing_or_empty_or_a_file(tmp_path, capsys):
         assert message in refused(capsys, open_dataset, str(tmp_path / folder), "train")
     assert "val/" in refused(capsys, open_dataset, str(tmp_path / "other"), "val")
     assert open_dataset(tmp_path / "other", "val", required=False) is None
+
+
+# -------------------------------------------------------------------------------------------------------- splits
+def both(folder, part):
+    return [f"{folder}/{part}/{c}/{i}.png" for c in ("cat", "dog") for i in (1, 2)]
+
+
+def test_names_of_splits():
+    for (
+        name
+    ) in "train Train TRAIN training training_set train_images trainset train2017 Train-Data images_train".split():
+        assert split_of(name) == "train", name
+    for name in "val Val valid validation val_images dev eval val2017 validationSet".split():
+        assert split_of(name) == "val", name
+    for name in "test Test TEST testing test_set test-images Testing tst".split():
+        assert split_of(name) == "test", name
+    for (
+        name
+    ) in "train_station trains latest contest evaluate devices train_labels validity test_tube images data".split():
+        assert split_of(name) is None, name
+
+
+PAIRS = "Train Test, TRAIN VALID, training testing, train_set dev_set, train2017 val2017, dogs_train dogs_test"
+
+
+@pytest.mark.parametrize("pair", PAIRS.split(", "))
+@pytest.mark.parametrize("below", ["set", "outer/set"])
+def test_splits_in_any_spelling(tmp_path, capsys, pair, below):
+    names = [name for part in pair.split() for name in both(below, part)]
+    root = write_images(tmp_path, names, size=(8, 8)) / below.partition("/")[0]
+    train, val = opened(f"{root}/")
+    assert [os.path.basename(os.fsdecode(part.root)) for part in (train, val)] == pair.split()
+    assert train.labels.tolist() == val.labels.tolist() == [0, 0, 1, 1] and train.classes == val.classes == [
+        "cat",
+        "dog",
+    ]
+    first, second = pair.split()
+    said = capsys.readouterr().out
+    assert f"{first}/ is for training, {second}/ is for validation and tests" in said
+    assert ("set/ is the data set" in said) == (below != "set")
+
+
+def test_usual_splits_alone_are_not_mentioned(tmp_path, capsys):
+    opened(write_images(tmp_path, both(".", "train") + both(".", "val"), size=(8, 8)))
+    assert capsys.readouterr().out == ""
+
+
+def test_test_images_are_never_trained_on_in_silence(tmp_path, capsys):
+    write_images(tmp_path, ["a/test/x/1.png", "a/images/2.png", "b/2020/test/1.png", "b/2020/2.png", "c/test/1.png"])
+    write_images(tmp_path, ["two/x/train/1.png", "two/y/train/1.png", "d/val/1.png", "d/test/1.png", "d/train/1.png"])
+    assert "no train/ folder, only test/" in refused(capsys, open_dataset, tmp_path / "a", "train")
+    assert "holds several data sets (x, y)" in refused(capsys, open_dataset, tmp_path / "two", "train")
+    for folder, line in (
+        ("b", "1 of the images lie in folders of test images (2020/test/)"),
+        ("c/test", "is, by its name, a folder of test images"),
+        ("d", "val/ is for validation and tests; not used without a list: test/"),
+    ):
+        opened(tmp_path / folder)
+        assert line in capsys.readouterr().out
+
+
+def test_folders_around_the_classes(tmp_path, capsys):
+    """train/images/cat/ has the class cat, train/images/ alone has none, as has a folder named like the one around."""
+    write_images(tmp_path, [*both("a", "train/images"), "b/train/images/1.png", *both("c", "seg_train/seg_train")])
+    write_images(tmp_path, both("c", "seg_test/seg_test"))
+    assert opened(tmp_path / "a")[0].classes == ["cat", "dog"] and opened(tmp_path / "b")[0].classes is None
+    assert [part.classes for part in opened(tmp_path / "c")] == [["cat", "dog"]] * 2
+
+
+def test_sub_folders_that_look_like_classes(tmp_path, capsys):
+    write_images(tmp_path, ["cat/1.png", "dog/1.png", "cow/1.png"])
+    assert opened(tmp_path)[0].labels is None
+    assert "3 sub-folders look like classes; labels are used when they lie in train/" in capsys.readouterr().out
+    write_images(tmp_path / "x", ["train/cat/1.png", "train/dog/1.png"])
+    assert opened(tmp_path / "x/train")[0].labels is None
+    assert f"2 sub-folders look like classes; labels are used when they lie in train/: --data {tmp_path}/x" in (
+        capsys.readouterr().out
+    )
+
+
+# ------------------------------------------------------------------------------------------------ what is left out
+def test_what_is_left_out_is_counted(tmp_path, capsys, monkeypatch):
+    write_images(tmp_path, ["train/a/1.png", "train/b/1.png", "val/a/1.png", "2.png", "extra/3.png"], size=(8, 8))
+    files = "a/x.heic a/y.HEIC a/notes.txt a/README b/._1.png b/.DS_Store Thumbs.db a/@eaDir/1.png __MACOSX/a/._1.png"
+    for name in [*files.split(), "b/.ipynb_checkpoints/1.png", "__MACOSX/a/2.png"]:
+        (tmp_path / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "train" / name).write_bytes(b"x")
+    (tmp_path / "train/empty/deep").mkdir(parents=True)
+    links = {"a/up": tmp_path, "a/dangling.png": "nowhere", "a/b": tmp_path / "train/b", "b/a": tmp_path / "train/a"}
+    for name, target in links.items():
+        (tmp_path / "train" / name).symlink_to(target)
+    os.mkfifo(tmp_path / "train/pipe.png")
+    train = opened(tmp_path)[0]
+    said = capsys.readouterr().out
+    assert f"{tmp_path}: train/ is for training, val/ is for validation and tests; not used" in said
+    assert "without a list: extra/, 1 images" in said
+    assert paths(train) == ["a/1.png", "a/b/1.png", "b/1.png", "b/a/1.png"] and train.classes == ["a", "b"]
+    kinds = "hidden or of the system 10, .heic 4, link to a folder above 4, .txt 2, broken link 2, no ending 2"
+    assert f"train: 25 left out: {kinds}, not a file 1; no image in empty/" in said  # a and b are seen twice
+
+
+def test_the_cache_of_a_large_folder_tells_what_is_left_out(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("common.archive.LARGE", 2)
+    folder = write_images(tmp_path / "data", ["train/a/1.png", "train/b/2.png"])
+    for name in ("x.heic", "y.txt"):
+        (folder / "train/a" / name).write_text("")
+    (folder / "train/c").mkdir()
+    for path, _, _ in os.walk(folder):
+        os.utime(path, (1e9, 1e9))
+    said = []
+    for _ in range(2):
+        note.cache_clear()
+        opened(folder)
+        said.append(capsys.readouterr().out)
+        monkeypatch.setattr("common.datasets.scan_images", lambda *_: pytest.fail("the cache was not used"))
+    assert said[0] == said[1] and "2 left out: .heic 1, .txt 1; no image in c/" in said[0]
+
+
+# ---------------------------------------------------------------------------------------------------- what it names
+def test_names_of_data(tmp_path, capsys, monkeypatch):
+    """Home, links, relative paths, a folder called as a built-in set, and the nearest name for what is not there."""
+    write_images(tmp_path, ["photos/1.png", "digits/1.png", "digits/2.png", "list.txt/1.png"])
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("photos")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for name in ("photos", "photos/", "./photos", "~/photos", "link", "link/", "photos/../photos"):
+        assert len(open_dataset(name, "train")) == 1
+    assert len(open_dataset("./digits", "train")) == len(open_dataset("digits/", "train")) == 2
+    assert capsys.readouterr().out == "" and len(open_dataset("digits", "train")) == 1438
+    assert "is the built-in set, not the folder of that name here, which is --data ./digits" in capsys.readouterr().out
+    said = {
+        "photso": "did you mean photos?",
+        "phots/train": "did you mean photos?",
+        "CIFAR-10": "did you mean cifar10?",
+    }
+    said |= {
+        "": "--data is empty",
+        "dangling": "link to nowhere",
+        "~/nowhere": "does not exist",
+        "x" * 5000: "not exist",
+    }
+    for name, expected in said.items():
+        assert expected in refused(capsys, open_dataset, name, "train")
+    (tmp_path / "l.csv").write_text("1.png")
+    assert "and --train-list l.csv" in refused(capsys, open_dataset, "l.csv", "train")
+    assert "goes with --data FOLDER" in refused(capsys, open_dataset, "fake", "train", "l.csv")
+
+
+# ----------------------------------------------------------------------------------------------------- two numberings
+FOLDERS = ["train/red/1.png", "train/red/2.png", "train/green/1.png", "train/blue/1.png"]
+FLAT = ["1.png", "2.png", "3.png", "4.png"]
+NUMBERS = {  # images, lists, expected: classes, training labels, test labels or the error
+    "the list numbers the folders": (
+        [*FOLDERS, "val/red/1.png", "val/green/1.png", "val/blue/1.png"],
+        ["train/red/1.png 0\ntrain/green/1.png 1\ntrain/blue/1.png 2\n", None],
+        (["red", "green", "blue"], [0, 1, 2], [2, 1, 0]),
+    ),
+    "a test list numbers the folders": (
+        [*FOLDERS, "val/red/1.png", "val/green/1.png"],
+        [None, "red/1.png 7\ngreen/1.png 3\n"],
+        (["blue", "green", "red"], [0, 1, 2, 2], [2, 1]),
+    ),
+    "a list of names": (
+        [*FOLDERS, "val/green/1.png"],
+        ["train/red/1.png red\ntrain/green/1.png green\n", None],
+        (["green", "red"], [1, 0], [0]),
+    ),
+    "places in the alphabet": (
+        [*FOLDERS, "val/1.png"],
+        [None, "1.png 2\n"],
+        (["blue", "green", "red"], [0, 1, 2, 2], [2]),
+    ),
+    "counted from 1 against folders": ([*FOLDERS, "val/1.png"], [None, "1.png 3\n"], "no training image is of 3"),
+    "sparse, huge and negative": (
+        FLAT,
+        [f"1.png 900\n2.png {10**12}\n3.png -5\n4.png 900\n", f"4.png {10**12}\n1.png 900\n"],
+        (["-5", "900", str(10**12)], [1, 2, 0, 1], [2, 1]),
+    ),
+    "beyond 64 bits": (FLAT, [f"1.png {10**30}\n2.png 1\n", "1.png 1\n"], (["1", str(10**30)], [1, 0], [0])),
+    "unseen number": (FLAT, ["1.png 0\n2.png 1\n", "3.png 2\n"], "no training image is of 2"),
+    "numbers and names": (FLAT, ["1.png 0\n2.png 1\n", "3.png cat\n"], "no training image is of cat"),
+    "one class": (FLAT, ["1.png 4\n2.png 4\n", "3.png 4\n"], "all images are of one class, 4"),
+    "some of the classes": ([*FOLDERS, "val/green/1.png"], [None, None], (["blue", "green", "red"], [0, 1, 2, 2], [1])),
+    "other case": ([*FOLDERS, "val/Green/1.png"], [None, None], (["blue", "green", "red"], [0, 1, 2, 2], [1])),
+    "other normal form": (
+        ["train/\u00e9/1.png", "train/a/1.png", "val/e\u0301/1.png"],
+        [None, None],
+        (["a", "\u00e9"], [0, 1], [1]),
+    ),
+    "unknown folder": ([*FOLDERS, "val/pink/1.png"], [None, None], "no training image is of pink"),
+}
+
+
+@pytest.mark.parametrize("case", NUMBERS)
+def test_one_numbering_for_both_sides(tmp_path, capsys, case):
+    images, lists, expected = NUMBERS[case]
+    write_images(tmp_path, images, size=(8, 8))
+    for name, text in zip(("train.txt", "val.txt"), lists, strict=True):
+        if text:
+            (tmp_path / name).write_text(text)
+    lists = [name if text else None for name, text in zip(("train.txt", "val.txt"), lists, strict=True)]
+    if isinstance(expected, str):
+        assert expected in refused(capsys, open_labelled, tmp_path, *lists)
+        return
+    train, val = open_labelled(tmp_path, *lists)
+    classes, labels, targets = expected
+    assert train.classes == val.classes == classes
+    assert train.labels.tolist() == labels and val.labels.tolist() == targets == [val[i][1] for i in range(len(val))]
+    assert ("alphabetical order: blue is 0" in capsys.readouterr().out) == (case == "places in the alphabet")
+
+
+def test_lists_that_contradict_each_other(tmp_path, capsys):
+    write_images(tmp_path, ["a/1.png", "b/2.png"], size=(8, 8))
+    for name, text in (("train.txt", "a/1.png 0\nb/2.png 1\n"), ("val.txt", "a/1.png 1\nb/2.png 0\n")):
+        (tmp_path / name).write_text(text)
+    train, _ = open_labelled(tmp_path, "train.txt", "val.txt")
+    assert "the images in folders a/ have the label 0 in training, 1 in the test set" in capsys.readouterr().out
+    assert class_names(train) == {0: "a", 1: "b"}
 
 
 def test_named_set_that_is_not_there(tmp_path, capsys):

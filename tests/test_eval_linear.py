@@ -576,7 +576,8 @@ def test_places_list(tmp_path):
     write_images(tmp_path, ["a/abbey/gsun 1.jpg", "w/yard/gsun_2.jpg"])
     (tmp_path / "train_places205.csv").write_text("a/abbey/gsun 1.jpg 0\nw/yard/gsun_2.jpg 204\n")
     dataset = open_dataset(str(tmp_path), "train", tmp_path / "train_places205.csv")
-    assert dataset.labels.tolist() == [0, 204] and dataset.path(0).endswith("a/abbey/gsun 1.jpg")
+    assert dataset.labels.tolist() == [0, 1] and dataset.classes == ["0", "204"]
+    assert dataset.path(0).endswith("a/abbey/gsun 1.jpg")
 
 
 NAMES = ["train_val2018/Aves/1/b.jpg", "train_val2018/Fungi/2/a.jpg"]
@@ -591,7 +592,7 @@ def test_inaturalist_json(root, tmp_path):
     write_images(tmp_path, NAMES, size=(12, 12))
     (tmp_path / "train2018.json").write_text(json.dumps(NATURE))
     dataset = open_dataset(str(tmp_path / root), "train", tmp_path / "train2018.json")
-    assert dataset.labels.tolist() == [0, 8141] and dataset.path(1).endswith(NAMES[1])
+    assert dataset.labels.tolist() == [0, 1] and dataset.classes == ["0", "8141"] and dataset.path(1).endswith(NAMES[1])
     assert dataset[1][0].shape == (3, 12, 12)
     (tmp_path / "test2018.json").write_text(json.dumps({"images": NATURE["images"]}))
     assert open_dataset(str(tmp_path / root), "val", tmp_path / "test2018.json").labels is None

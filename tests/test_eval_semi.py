@@ -81,6 +81,8 @@ def test_lists_of_labelled_images(tmp_path, capsys):
     subset, how = semi.few_labels(data, str(text), 0)
     assert list(subset.indices) == expected and "4 of 24" in how and "list.txt" in how
     assert [subset[i][1] for i in range(4)] == list(data.labels[expected])
+    text.write_bytes("two\\4.png,1\r\none\\1.png\r\n".encode("utf-16"))  # of Windows
+    assert list(semi.few_labels(data, str(text), 0)[0].indices) == sorted([where["two/4.png"], where["one/1.png"]])
     for line, reason in (("3.png", "class/file"), ("three.png", "not among"), ("", "names no image")):
         text.write_text(line)
         error = refused(capsys, semi.few_labels, data, str(text), 0)

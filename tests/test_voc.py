@@ -1,5 +1,7 @@
 """common/voc.py: labels, boxes and images of a set in Pascal VOC's layout, and the messages for a broken one."""
 
+import unicodedata
+
 import numpy as np
 import pytest
 
@@ -43,6 +45,26 @@ def test_images_in_the_order_of_their_list(tmp_path):
     assert ids == ["tr002", "tr001", "tr000"]
     assert [images.path(i).rpartition("/")[2] for i in range(3)] == ["tr002.jpg", "tr001.JPEG", "tr000.jpg"]
     assert images[0][0].shape == (1, 40, 56) and images.labels is None
+
+
+def test_lists_as_other_systems_write_them(tmp_path):
+    """Names with spaces and in another Unicode form, byte order marks, ends of lines, and macOS's files beside them."""
+    truth = write_voc(tmp_path)["trainval"]
+    main, names = tmp_path / "ImageSets/Main", {"tr000": "cafe\u0301 1", "tr001": "a 2"}
+    for old, new in names.items():
+        (tmp_path / f"JPEGImages/{old}.jpg").rename(tmp_path / f"JPEGImages/{unicodedata.normalize('NFC', new)}.jpg")
+    for path in main.glob("*trainval.txt"):
+        text = path.read_text()
+        for old, new in names.items():
+            text = text.replace(old, new)
+        path.write_bytes(text.replace("\n", "\r\n").encode("utf-16"))
+        (main / f"._{path.name}").write_bytes(b"\0\5\x16\7")
+    (tmp_path / "JPEGImages/._tr002.jpg").write_bytes(b"\0\5\x16\7")
+    classes, splits = read_labels(tmp_path)
+    ids, labels = splits["trainval"]
+    assert classes == ["cat", "dog", "emu"] and set(names.values()) < set(ids) == set(read_ids(tmp_path, "trainval"))
+    assert labels[ids.index("a 2")].tolist() == truth["tr001"]
+    assert len(open_images(tmp_path, ids)) == len(ids) and open_images(tmp_path, ["a 2"])[0][0].shape == (3, 40, 56)
 
 
 def test_mistakes_get_one_line(tmp_path, capsys):
