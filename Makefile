@@ -2,7 +2,7 @@
 PYTHON ?= python3
 RUN = .venv/bin/python
 
-.PHONY: venv demo test lint bench clean
+.PHONY: venv demo test test-mine lint bench clean
 
 venv: .venv/ready
 
@@ -17,6 +17,10 @@ demo: venv  ## pre-train on digits, print the table, draw the picture
 
 test: venv  ## the test suite, on all cores
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile
+
+SCRIPT ?= mine
+test-mine: venv  ## what every page passes, for a copy of one: make test-mine SCRIPT=mine FLAGS="--queue 40"
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile --script $(SCRIPT) $(if $(FLAGS),--flags "$(FLAGS)")
 
 lint: venv
 	$(RUN) -m ruff check .

@@ -1,5 +1,6 @@
 """What several test files share: the scripts, tiny flags for each, ways to run them, numbers and images."""
 
+import difflib
 import importlib
 import io
 import json
@@ -40,8 +41,26 @@ SCRIPTS = {
 }
 TINY = "--data fake:64 --arch resnet18 --width 0.125 --image-size 16 --batch-size 16 --epochs 4 --warmup-epochs 1"
 TINY += " --workers 2 --log-every 1 --knn-every 0 --seed 3"
+SHIPPED = dict(SCRIPTS)  # also where the tests are run for a copy alone
 SMALL = ("resnet18", 0.125, 16)  # the arguments of `resnet` for a backbone of that kind
 EXACT = ["--precision", "fp64"]
+
+
+def only(script, words=""):
+    """Makes SCRIPTS this one script, a copy that somebody works on, with the tiny flags of the page that it resembles
+    most, as far as it still has them, and then with these words."""
+    text = (ROOT / f"{script}.py").read_text()
+    lines = {name: (ROOT / f"{name}.py").read_text().splitlines() for name in SHIPPED}
+
+    def likeness(name):
+        return difflib.SequenceMatcher(None, lines[name], text.splitlines(), autojunk=False).ratio()
+
+    known, tiny, flag = text + (ROOT / "common/args.py").read_text(), [], ""
+    for word in SHIPPED[max(lines, key=likeness)]:
+        flag = word if word.startswith("--") else flag
+        tiny += [word] * (f'"{flag}"' in known)
+    SCRIPTS.clear()
+    SCRIPTS[script] = [*tiny, *words.split()]
 
 
 # ------------------------------------------------------------------------------------------------------ running

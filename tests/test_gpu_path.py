@@ -5,6 +5,7 @@ values, and the backward pass, for which PyTorch needs a GPU.
 """
 
 import contextlib
+import importlib
 import sys
 import types
 
@@ -63,7 +64,7 @@ class Device(FakeTensorMode):
             raise Waits(message)
 
 
-READERS = {"odc": ["ODC.refill"], "interclr": ["InterCLR.refill"]}  # what may read in a step: rare, and needs to
+READERS = ["refill"]  # methods that may read in a step: rare, and need to
 
 
 def forget(script):
@@ -123,8 +124,10 @@ def on_device(script, out, *more, resident=False):
         patch.setattr(torch, "Generator", lambda device="cpu": real_generator())
         patch.setattr(torch.Tensor, "numpy", numpy)
         patch.setattr(f"{script}.kmeans", clustered, raising=False)
-        for name in READERS.get(script, ()):
-            patch.setattr(f"{script}.{name}", lambda *args: 1)
+        for kind in vars(importlib.import_module(script)).values():
+            for name in READERS if isinstance(kind, type) and issubclass(kind, nn.Module) else ():
+                if name in vars(kind):
+                    patch.setattr(kind, name, lambda *args: 1)
         patch.setattr(loader, "resident", lambda *args: None)
         patch.setattr(loader, "_pin", lambda *args: None)
         patch.setattr(torch.cuda, "Event", lambda: types.SimpleNamespace(record=lambda: 0, synchronize=lambda: 0))

@@ -3,10 +3,14 @@
 import importlib
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 
 import pytest
 
-from tests.helpers import ROOT, SCRIPTS
+from tests import helpers
+from tests.helpers import ROOT, SCRIPTS, environment
 
 METHODS = {*SCRIPTS, *"barlow dino mae ibot vicreg lejepa directclr pixpro obow interclr selav simmim maskfeat".split()}
 BANNERS = ["arguments", "augmentation", "model", "loss", "training"]
@@ -94,3 +98,46 @@ def test_recipes_of_the_results_are_accepted(module):
     for script, flags in recipes.RECIPES.items():
         words = ["--data", "cifar10", *recipes.SHARED.split(), *flags.split()]
         assert importlib.import_module(script).parse_args(words).image_size == (28 if script == "relative_loc" else 32)
+
+
+# ----------------------------------------------------------------------------------------------- copies, installing
+@pytest.mark.parametrize("script", ["mocov3", "odc", "interclr", "relative_loc", "mae", "swav"])
+def test_a_copy_runs_with_the_tiny_flags_of_its_original(script, tmp_path, monkeypatch):
+    """Under another name, with another class, without one of the flags; --flags come last."""
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tmp_path)
+    (tmp_path / "common").mkdir()
+    shutil.copy(ROOT / "common/args.py", tmp_path / "common")
+    text = text_of(script).replace('"--hidden-dim"', '"--breadth"')
+    for name in re.findall(r"^class (\w+)\(nn.Module\)", text, re.M):
+        text = text.replace(name, "Mine")
+    (tmp_path / "mine.py").write_text(text)
+    monkeypatch.setattr(helpers, "ROOT", tmp_path)
+    monkeypatch.setattr(helpers, "SCRIPTS", dict(SCRIPTS))
+    helpers.only("mine", "--queue 8")
+    left = " ".join(SCRIPTS[script]).replace("--hidden-dim 32", "").split()
+    assert {"mine": [*left, "--queue", "8"]} == helpers.SCRIPTS
+
+
+def test_tests_of_one_script_only(tmp_path):
+    """What `make test-mine` runs: tests of each kind, no others; a name that is not there is one line."""
+
+    def collect(name):
+        words = ["-m", "pytest", "--collect-only", "-p", "no:cacheprovider", "-p", "no:xdist", "--script", name]
+        done = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment(), capture_output=True, text=True)
+        return done.stdout + done.stderr
+
+    found = [line for line in collect("npid").splitlines() if "::" in line]
+    assert all("npid" in line for line in found) and len(found) > 25
+    for name in ("two_processes_equal_one", "bit_for_bit", "device", "limits", "[no data flag-npid]", "poor_data"):
+        assert any(name in line for line in found), name
+    assert not any("test_repository" in line for line in found)
+    assert "--script mine_: there is no mine_.py here" in collect("mine_")
+
+
+def test_installing_the_project_installs_no_module():
+    """`pip install .` brings the dependencies; a package called common would meet those of other projects."""
+    discovery = pytest.importorskip("setuptools.config.pyprojecttoml")
+    settings = discovery.read_configuration(ROOT / "pyproject.toml", expand=True)
+    assert settings["tool"]["setuptools"].items() >= {"packages": [], "py-modules": []}.items()
+    assert "torch>=2.11" in settings["project"]["dependencies"]
