@@ -2,9 +2,19 @@
 
 Every function is the identity (or a no-op) when there is one process, so scripts never ask how many there are.
 
-Gradient convention: a script's loss is the mean over the rows of its own process, and DistributedDataParallel
-averages gradients over processes. With `gather` and `all_reduce` below, whose backward passes *sum* over
-processes, the result is exactly the gradient of the mean loss over the global batch.
+Gradients: what a page computes is right if every process ends with the gradient of one loss L, that of the whole batch.
+DistributedDataParallel averages over the W processes what each of them gets by backward(). Three kinds of loss do it:
+
+- the mean over the rows of a process (cosine of pairs, cross-entropy): the mean of these means is L. Nothing to do;
+- own rows against those of all: `gather(z)`, a mean over the own rows. The gradient also has to reach the rows of the
+  others, so the backward pass of `gather` sums over processes what each of them has for a row;
+- statistics of the whole batch (variance, covariance): every process computes the same L from `gather(z)`, or from
+  `all_reduce` of its own sums. The sum over processes is W times the gradient, the average of DDP takes it back.
+
+In all three the loss is what one process with the whole batch would have, without any factor W. torch.distributed's own
+all_gather and all_reduce pass no gradient: with them, and the own rows put back, the second kind gets a wrong direction
+and the third 1 / W of its length. Keys and targets, which have no gradient, may be gathered by either. `make test-mine`
+finds such mistakes.
 """
 
 import inspect
@@ -113,7 +123,10 @@ class _Gather(torch.autograd.Function):
 
 
 def gather(rows):
-    """(B, ...) of each process -> (W B, ...) in rank order, with gradient. All processes hold equally many rows."""
+    """(B, ...) of each process -> (W B, ...) in rank order, with gradient. All processes hold equally many rows; those
+    of this one are rows rank() * B to (rank() + 1) * B. The gradient of a row is the sum of what all processes have for
+    it, which is right for a loss that is a mean over own rows, and for one that every process computes of all rows; see
+    above. It must not be scaled by the number of processes."""
     return _Gather.apply(rows) if world_size() > 1 else rows
 
 
