@@ -5,13 +5,16 @@ import os
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from common.args import default_size
-from common.augment import View
+from common.augment import EvalView, View
 from common.classes import class_names
 from common.datasets import Files, evenly_spaced, open_dataset, open_labelled
 from common.folders import note, split_of
+from common.knn import knn_monitor
 from common.loader import Loader
+from eval_knn import Pixels
 from tests.helpers import encode, photo, refused, write_images
 
 
@@ -332,6 +335,29 @@ def test_lists_that_contradict_each_other(tmp_path, capsys):
     train, _ = open_labelled(tmp_path, "train.txt", "val.txt")
     assert "the images in folders a/ have the label 0 in training, 1 in the test set" in capsys.readouterr().out
     assert class_names(train) == {0: "a", 1: "b"}
+
+
+def test_accuracy_during_training_uses_one_numbering(tmp_path, capsys):
+    """The classes are colours, which raw pixels tell apart: 100 % if both sides number them alike."""
+    for split, numbers in (("train", range(8)), ("val", range(3))):
+        for c, name in enumerate(("red", "green", "blue")):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in numbers:
+                colour = tuple(200 * (c == k) + i for k in range(3))
+                Image.new("RGB", (8, 8), colour).save(tmp_path / split / name / f"{i}.png")
+    texts = {"all": "red 5 green 1 blue 9", "one": "red 5", "few": "red 5 green 1"}
+    for name, text in texts.items():
+        pairs = zip(text.split()[::2], text.split()[1::2], strict=True)
+        (tmp_path / name).write_text("".join(f"train/{c}/{i}.png {n}\n" for c, n in pairs for i in range(8)))
+
+    def accuracy(words):
+        train, val = open_dataset(tmp_path, "train", words), open_dataset(tmp_path, "val")
+        return knn_monitor(Pixels(8), train, val, EvalView(8), "cpu", 0, None)
+
+    assert accuracy("all") == accuracy(None) == {"knn": 100.0}
+    assert accuracy("one") == accuracy("few") == {}
+    said = capsys.readouterr().out
+    assert "no k-NN accuracy: train and val have different classes" in said and "of blue, green" in said
 
 
 def test_named_set_that_is_not_there(tmp_path, capsys):
