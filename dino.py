@@ -295,6 +295,16 @@ def entropies(teacher, center, temperature):
 
 
 # --------------------------------------------------------------------------------------------------- training
+def collapsed(spread, mean_spread):
+    """What to say of entropies that tell of a collapse, with the cure; else None."""
+    if spread > 0.995:
+        cure = "lower --teacher-temp (0.02), raise --freeze-epochs or lower --lr"
+        return f"the teacher's outputs are uniform (entropy {spread:.3f} of ln K), it teaches nothing: {cure}"
+    if mean_spread < 0.02:
+        cure = "lower --center-momentum or raise --teacher-temp (up to 0.07)"
+        return f"the teacher gives all images one output (entropy {mean_spread:.3f} of ln K): {cure}"
+
+
 @torch.no_grad()
 def clip_each(parameters, most):
     """Scales every gradient whose norm exceeds `most` down to it (official code: each tensor by itself)."""
@@ -352,7 +362,7 @@ def main(args):
             run.unscale(optimizer)
             if args.clip:
                 clip_each(model.parameters(), args.clip)  # DINO
-            if epoch < args.freeze_epochs:  # DINO
+            if step < args.freeze_epochs * run.epoch_steps:  # DINO
                 for p in last:
                     p.grad = None
             run.update(optimizer)
@@ -360,6 +370,8 @@ def main(args):
             monitors = {}
             if run.due:
                 monitors = dict(zip(("entropy", "entropy_mean"), entropies(teacher, model.center, heat), strict=True))
+            if monitors and epoch and (text := collapsed(monitors["entropy"], monitors["entropy_mean"])):
+                run.warn("collapse", text)
             model.update_center(mean, args.center_momentum)  # DINO: after the loss
             run.log(lr, **monitors)
 

@@ -302,6 +302,16 @@ def entropies(teacher, center, temperature):
 
 
 # --------------------------------------------------------------------------------------------------- training
+def collapsed(spread, mean_spread):
+    """What to say of entropies that tell of a collapse, with the cure; else None."""
+    if spread > 0.995:
+        cure = "lower --teacher-temp (0.02), raise --freeze-epochs or lower --lr"
+        return f"the teacher's outputs are uniform (entropy {spread:.3f} of ln K), it teaches nothing: {cure}"
+    if mean_spread < 0.02:
+        cure = "lower --center-momentum or raise --teacher-temp (up to 0.07)"
+        return f"the teacher gives all images one output (entropy {mean_spread:.3f} of ln K): {cure}"
+
+
 @torch.no_grad()
 def clip_each(parameters, most):
     """Scales every gradient whose norm exceeds `most` down to it (official code: each tensor by itself)."""
@@ -363,7 +373,7 @@ def main(args):
             run.unscale(optimizer)
             if args.clip:
                 clip_each(model.parameters(), args.clip)
-            if epoch < args.freeze_epochs:
+            if step < args.freeze_epochs * run.epoch_steps:
                 for p in last:
                     p.grad = None
             run.update(optimizer)
@@ -376,6 +386,8 @@ def main(args):
                 if args.regions:
                     region = entropies(regions[1].transpose(0, 1), model.centers[1], heat)
                     monitors |= dict(zip(("regions", "regions_mean"), region, strict=True))
+            if monitors and epoch and (text := collapsed(monitors["entropy"], monitors["entropy_mean"])):
+                run.warn("collapse", text)
             model.update_centers(means, args.center_momentum)
             run.log(lr, **monitors)
 

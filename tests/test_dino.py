@@ -76,6 +76,12 @@ def test_entropies_of_both_collapses():
         assert [x.item() for x in dino.entropies(outputs, zero, 1.0)] == pytest.approx(expected, abs=1e-6)
 
 
+def test_both_collapses_are_named_with_their_cure():
+    assert "lower --teacher-temp" in dino.collapsed(0.999, 1.0)
+    assert "one output" in dino.collapsed(0.0, 0.001)
+    assert dino.collapsed(0.7, 0.9) is None and dino.collapsed(0.0, 0.9) is None
+
+
 # ------------------------------------------------------------------------------------------------------ model
 def test_head_compares_unit_vectors_with_unit_vectors():
     head = dino.Head(7, out_dim=20, hidden_dim=5, bottleneck_dim=4).double()

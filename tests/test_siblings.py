@@ -271,7 +271,10 @@ def test_optimisers_decay_weights_only(words, tmp_path):
         ("mocov3 --train-patch-embed", "--train-patch-embed is for ViTs"),
         ("mocov3 --temperature 0", "--temperature: must be greater than 0"),
         ("mocov3 --batch-size 4 --accum 4", "needs 2 images or more"),
-        ("mocov3 --arch vit_tiny --epochs 20", "--warmup-epochs 40 must be smaller than --epochs 20"),
+        (
+            "mocov3 --arch vit_tiny --epochs 20 --warmup-epochs 40",
+            "--warmup-epochs 40 must be smaller than --epochs 20",
+        ),
         ("mocov3 --arch vit_tiny --image-size 16 --patch-size 5", "choose 15 or 20, or --patch-size"),
         ("mocov3 --arch vit_giant", "vit_huge"),
     ],
@@ -289,6 +292,7 @@ COPIES = {
     "key_order": "moco densecl interclr",
     "enqueue": "moco.MoCo interclr.InterCLR",
     "info_nce": "moco densecl",
+    **dict.fromkeys("Head augmentation teacher_temp half_cosine entropies collapsed clip_each".split(), "dino esvit"),
 }
 
 
