@@ -5,7 +5,8 @@
 
 --recipe vit: as in the code of MAE (He et al., CVPR 2022, arXiv 2111.06377). The learning rate decreases from each
 layer to the one below; drop path, RandAugment, random erasing, mixup and CutMix regularise; the classifier reads the
-mean of the patch tokens through a new norm layer. --recipe plain: crops, flips and cross-entropy.
+mean of the patch tokens through a new norm layer, or what a Swin or an XCiT gives. --recipe plain: crops, flips and
+cross-entropy.
 
 recipe  epochs  batch  lr per 256  schedule                     weight decay  layer decay  drop path
 vit     100     1024   5e-4        AdamW, warm-up 5, cosine     0.05          0.65         0.1       ViT-B and smaller
@@ -13,14 +14,15 @@ vit     100     1024   5e-4        AdamW, warm-up 5, cosine     0.05          0.
 plain   30      256    0.01        SGD, cosine                  1e-4          -            -         a ViT: as vit
 
 Test images: shorter side to 256 and central 224 pixels, or sizes in this ratio; without the margin above 224 pixels, as
-in MAE's code, and up to 64. Bicubic for ViTs, bilinear for ResNets.
+in MAE's code, and up to 64. Bicubic for ViTs, Swins and XCiTs, bilinear for ResNets.
 
 Published, ImageNet top-1: MAE, 1600 epochs, ViT-B 83.6, ViT-L 85.9, ViT-H 86.9 (official); ViT-B, 400 epochs, 83.1
 (MMSelfSup 0.11). Ours: not run.
 
 Deviations: nothing random depends on the number of processes. An image is mixed with its neighbour in the shuffled
 order, not with the image at the mirrored position in the batch of its process, and 32 images share a draw, as on each
-of the 32 processes of the published ViT-B. Our choice, not published: --recipe plain, and ViTs below B.
+of the 32 processes of the published ViT-B. Our choice, not published: --recipe plain; and the same for ViTs below B,
+Swins and XCiTs (whose drop path is the same at any depth).
 "best" is chosen on the test images, as is usual; the other figures are those of the last validation.
 """
 
@@ -37,7 +39,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
 from tqdm import tqdm
 
-from common import rng
+from common import rng, xcit
 from common.args import Parser, at_least, below_one, fail, number, positive, probability, share
 from common.augment import FLIP, JITTER, EvalView, View, to_device
 from common.checkpoint import load_pretrained
@@ -49,7 +51,7 @@ from common.log import facts, report
 from common.optim import cosine, upcast
 from common.pictures import save_views
 from common.run import Run
-from common.vit import path_factors
+from common.vit import ViT, path_factors
 
 MIXED = {"rand_augment": 9.0, "erase": 0.25, "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1}
 UNMIXED = dict.fromkeys(MIXED, 0.0)
@@ -63,6 +65,7 @@ RECIPES = {  # by name and by whether the network is a ViT
     ("plain", False): SGD | UNMIXED,
 }
 LARGE = {"epochs": 50, "lr": 1e-3, "layer_decay": 0.75}
+UNDECAYED = ("pos_embed", "cls_token", "relative_position_bias_table")
 BY_ARCH = {"vit_large": LARGE | {"drop_path": 0.2}, "vit_huge": LARGE | {"drop_path": 0.3}}
 GROUP = 32  # images that share a draw of mixup or CutMix
 
@@ -83,7 +86,7 @@ def parse_args(argv=None):
     group.add_argument("--head-lr", type=positive(float), help="multiplier of the classifier's learning rate")
     group.add_argument("--layer-decay", type=share, help="factor of the learning rate from a layer to the one below")
     group.add_argument("--weight-decay", type=at_least(0, float))
-    group.add_argument("--drop-path", type=below_one, help="of a ViT: probability in the last block")
+    group.add_argument("--drop-path", type=below_one, help="of a transformer: probability in the last block")
     group.add_argument("--rand-augment", type=number(float, low=0, high=10), help="magnitude (0: no RandAugment)")
     group.add_argument("--erase", type=probability, help="probability of a rectangle of noise")
     group.add_argument("--mixup", type=at_least(0, float), help="alpha of the Beta distribution (0: none)")
@@ -96,7 +99,7 @@ def parse_args(argv=None):
 
 def complete(args, backbone, meta):
     """The arguments with everything that was left out filled in."""
-    is_vit = hasattr(backbone, "tokens")
+    is_vit = hasattr(backbone, "patch_size")  # or a Swin, or an XCiT
     default = "vit" if is_vit else "plain"
     recipe = args.recipe or default
     if (recipe, is_vit) not in RECIPES:
@@ -231,25 +234,30 @@ class Classifier(nn.Module):
     """A backbone and a linear classifier. All layers are trained, and a ViT's positions, except those of id < freeze.
 
     A ViT's features are, as in MAE, the mean of the patch tokens through a new norm; its own final norm is left out.
+    A Swin's and an XCiT's are their own.
     """
 
     def __init__(self, backbone, classes, freeze=0):
         super().__init__()
         self.backbone, self.head = backbone, nn.Linear(backbone.dim, classes)
         self.depth = 4 if hasattr(backbone, "stages") else len(getattr(backbone, "blocks", []))
+        self.depths = getattr(backbone, "config", {}).get("depths", ())  # of a Swin's stages
+        self.draws = getattr(backbone, "draws", 2 * self.depth)  # uniforms for drop path
+        self.path_factors = xcit.path_factors if isinstance(backbone, xcit.XCiT) else path_factors
         nn.init.zeros_(self.head.bias)
-        if hasattr(backbone, "tokens"):
+        if hasattr(backbone, "patch_size"):
             nn.init.trunc_normal_(self.head.weight, std=2e-5)
-            backbone.norm, backbone.fc_norm, backbone.pool = nn.Identity(), nn.LayerNorm(backbone.dim, eps=1e-6), "mean"
         else:
             nn.init.normal_(self.head.weight, std=0.01)
+        if isinstance(backbone, ViT):
+            backbone.norm, backbone.fc_norm, backbone.pool = nn.Identity(), nn.LayerNorm(backbone.dim, eps=1e-6), "mean"
         if freeze > self.depth + 1:
             fail(f"--freeze {freeze}: there are {self.depth + 1} layers below the classifier")
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(layer_id(name, self.depth) >= freeze)
+            parameter.requires_grad_(layer_id(name, self.depth, self.depths) >= freeze)
 
     def forward(self, x, paths=None):
-        """x: (B, C, S, S), paths: None or factors of drop path (2 depth, B). Returns logits (B, classes)."""
+        """x: (B, C, S, S), paths: None or factors of drop path (draws, B). Returns logits (B, classes)."""
         return self.head(self.backbone(x) if paths is None else self.backbone(x, paths=paths))
 
     def train(self, mode=True):
@@ -261,26 +269,30 @@ class Classifier(nn.Module):
         return self
 
 
-def layer_id(name, depth):
-    """0: stem or embedding, or a library's network, whole. i: stage i of a ResNet, i + 1: block i of a ViT. depth + 1:
-    norm and classifier."""
+def layer_id(name, depth, depths=()):
+    """0: stem or embedding, or a library's network, whole. i: stage i of a ResNet, i + 1: block i of a transformer,
+    what merges patches counting to the block before. depth + 1: norm, class attention and classifier. depths: blocks of
+    the stages of a Swin."""
     name = name.removeprefix("backbone.")
     if name.startswith(("cls_token", "pos_embed", "patch_embed", "conv1.", "bn1.", "network.")):
         return 0
     if name.startswith("blocks."):
         return int(name.split(".")[1]) + 1
+    if name.startswith("layers."):
+        stage, part, block = name.split(".")[1:4]
+        return sum(depths[: int(stage)]) + (int(block) + 1 if part == "blocks" else depths[int(stage)])
     return int(name[len("layer")]) if name.startswith("layer") else depth + 1
 
 
 def parameter_groups(model, weight_decay, layer_decay=1.0, head_lr=1.0, decay_all=False):
     """Groups for the optimiser, whose `scale` multiplies the learning rate: layer_decay ** (depth + 1 - layer_id), for
-    the classifier times head_lr. Without decay_all, vectors, positions and the class token have no weight decay."""
+    the classifier times head_lr. Without decay_all, vectors and what UNDECAYED names have no weight decay."""
     groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
             scale = head_lr if name.startswith("head.") else 1.0
-            scale *= layer_decay ** (model.depth + 1 - layer_id(name, model.depth))
-            decay = weight_decay * (decay_all or (p.ndim > 1 and not name.endswith(("pos_embed", "cls_token"))))
+            scale *= layer_decay ** (model.depth + 1 - layer_id(name, model.depth, model.depths))
+            decay = weight_decay * (decay_all or (p.ndim > 1 and not name.endswith(UNDECAYED)))
             new = {"params": [], "scale": scale, "weight_decay": decay}
             groups.setdefault((scale, decay), new)["params"].append(p)
     return list(groups.values())
@@ -326,7 +338,7 @@ def main(args):
     run = Run(args, "finetune")
     data, test = open_labelled(args.data, args.train_list, args.val_list, meta["channels"])
     print0(f"recipe      {args.recipe}; {len(test):,} test images")
-    is_vit, size, classes = hasattr(backbone, "tokens"), args.image_size, int(data.labels.max()) + 1
+    is_vit, size, classes = hasattr(backbone, "patch_size"), args.image_size, int(data.labels.max()) + 1
     how = {"interpolation": "bicubic" if is_vit else "bilinear", "mean": tuple(meta["mean"]), "std": tuple(meta["std"])}
     view = View(size, (args.crop_min, 1.0), flip=args.flip, **how)
     test_view = EvalView(size, resize=size if size > 224 else 0, **how)
@@ -342,7 +354,8 @@ def main(args):
     optimizer = torch.optim.AdamW(groups, peak) if is_vit else torch.optim.SGD(groups, peak, momentum=0.9)
     rates = f"{args.lr} x {args.batch_size}/256 = {peak:.4g}, layer x{args.layer_decay:g}, classifier x{args.head_lr:g}"
     chance = math.log(classes)
-    run.more = {"history": [], "meta": meta | ({"pool": "mean"} if is_vit else {}), "backbone_prefix": "backbone."}
+    pool = {"pool": backbone.pool} if is_vit else {}  # which the classifier may have changed
+    run.more = {"history": [], "meta": meta | pool, "backbone_prefix": "backbone."}
     net = run.start(model, optimizer, chance=chance, lr=rates, baseline=f"loss ln({classes}) = {chance:.3f}")
 
     validate(run, test, test_view, args)  # of a run that was stopped just before it
@@ -361,7 +374,7 @@ def main(args):
                     mixing = [to_device(torch.from_numpy(drawn[own]), run.device) for drawn in mixing]
                     x, targets = mix(x, targets, *mixing)
                 if args.drop_path:
-                    paths = path_factors(batch.uniforms(2 * model.depth, rng.PATHS), args.drop_path).to(run.dtype)
+                    paths = model.path_factors(batch.uniforms(model.draws, rng.PATHS), args.drop_path).to(run.dtype)
                 if step == 0 and micro == 0:  # instead of the picture without erasing and mixing
                     seen = SimpleNamespace(views=lambda x=x: [x], specs=[view])
                     save_views(f"{args.out}/finetune_views.png", seen)

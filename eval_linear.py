@@ -73,6 +73,7 @@ from common.loader import Loader, eval_batches
 from common.log import Stop, bar, facts, report
 from common.optim import LARS, cosine, param_groups, precision, upcast
 from common.run import start_device
+from common.vit import ViT
 
 MICRO = 256  # images that the loader delivers at a time, of which every protocol's batch is a multiple
 
@@ -123,7 +124,7 @@ PROTOCOLS = {
 AUTO = {
     "moco": "moco", "featuretransformation": "moco", "densecl": "moco", "interclr": "moco",
     "simsiam": "simsiam", "simclr": "simclr", "byol": "byol", "swav": "swav", "barlowtwins": "barlow",
-    "vicreg": "barlow", "mocov3": "mocov3", "mae": "mae", "dino": "dino",
+    "vicreg": "barlow", "mocov3": "mocov3", "mae": "mae", "dino": "dino", "esvit": "dino",
     "npid": "multihead", "deepcluster": "multihead", "odc": "multihead", "rotationpred": "multihead",
     "relativeloc": "multihead",
 }
@@ -146,7 +147,7 @@ def auto(method, backbone):
     positions = getattr(backbone, "config", {}).get("positions")
     if positions in fixed and method != "random":
         return fixed[positions], ""
-    guess = found[0] if found else "dino" if hasattr(backbone, "tokens") else "swav"
+    guess = found[0] if found else "dino" if hasattr(backbone, "patch_size") else "swav"
     why = "method unknown" + (f" ({method})" if method not in ("", "unknown") else "")
     why = "a random network has none of its own" if method == "random" else why
     return guess, f"{why}, protocol {guess} is a guess; --protocol names another"
@@ -154,14 +155,14 @@ def auto(method, backbone):
 
 def adapt(name, backbone, epochs=0, batch=0, drops=()):
     """The protocol for this backbone and with what the user replaces."""
-    protocol, is_vit = PROTOCOLS[name], hasattr(backbone, "tokens")
+    protocol, is_vit = PROTOCOLS[name], isinstance(backbone, ViT)
     if name == "mocov3" and not is_vit:
         protocol = dataclasses.replace(protocol, lr=0.1)
     if name == "mae" and is_vit and backbone.dim >= 1024:  # ViT-L and ViT-H
         protocol = dataclasses.replace(protocol, epochs=50)
     if protocol.feature == "stages" and not hasattr(backbone, "stages"):
         fail(f"--protocol {name} reads the five stages of a ResNet, which this backbone is not")
-    if protocol.feature in ("cls", "blocks") and not is_vit:
+    if {"cls": not is_vit, "blocks": not hasattr(backbone, "last")}.get(protocol.feature):
         protocol = dataclasses.replace(protocol, feature="pool")
     if epochs:
         share = epochs / protocol.epochs
@@ -197,7 +198,9 @@ def features(backbone, x, kinds, amp):
             return found
         if "pool" in kinds:
             found["pool"] = [upcast(backbone(x))]
-        if kinds & {"cls", "blocks"}:
+        if "blocks" in kinds and not isinstance(backbone, ViT):  # Li et al. 2022: the mean of each of the last 4 blocks
+            found["blocks"] = [torch.cat([upcast(t).mean(1) for t in backbone.last(x, 4)], 1)]
+        elif kinds & {"cls", "blocks"}:
             several = backbone.dim < 768  # Caron et al. 2021: ViT-S, and smaller; else ViT-B
             tokens = backbone.last(x, 4 if several and "blocks" in kinds else 1)
             tops = [upcast(t[:, 0]) for t in tokens]

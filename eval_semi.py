@@ -14,7 +14,7 @@ ResNets with more than 5 % of the labels: weight decay 1e-4. ViT-L, ViT-H: 50 ep
 path 0.2, 0.3.
 
 Test images: shorter side to 256 and central 224 pixels, or sizes in this ratio; no margin above 224 pixels and up to
-64. Bicubic for ViTs, bilinear for ResNets.
+64. Bicubic for ViTs, bilinear for ResNets. Swins and XCiTs are treated as ViTs.
 
 Published, ImageNet top-1: MoCo v2, best of nine, 1 % 39.1, 10 % 61.8 (OpenSelfSup). Ours: not run.
 SwAV: --weight-decay 0 and, 1 %, --lr 0.02 --head-lr 250, 10 %, --lr 0.01 --head-lr 20. Barlow Twins, 1 %:
@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from common import rng
+from common import rng, xcit
 from common.args import Parser, at_least, below_one, fail, positive, probability, share, toggle
 from common.augment import EvalView, View
 from common.checkpoint import load_pretrained
@@ -50,13 +50,14 @@ from common.loader import eval_batches
 from common.log import facts, report
 from common.optim import cosine
 from common.run import Run, start_device
-from common.vit import path_factors
+from common.vit import ViT, path_factors
 
 RESNET = {"epochs": 20, "warmup_epochs": 0, "batch_size": 256, "lr": 0.01, "min_lr": 0.0, "head_lr": 100.0}
 RESNET |= {"schedule": "step", "layer_decay": 1.0, "drop_path": 0.0, "val_every": 5}
 VIT = {"epochs": 100, "warmup_epochs": 5, "batch_size": 1024, "lr": 5e-4, "min_lr": 1e-6, "head_lr": 1.0}
 VIT |= {"schedule": "cosine", "layer_decay": 0.65, "drop_path": 0.1, "val_every": 1, "weight_decay": 0.05}
 LARGE = {"epochs": 50, "lr": 1e-3, "layer_decay": 0.75}
+UNDECAYED = ("pos_embed", "cls_token", "relative_position_bias_table")
 BY_ARCH = {"vit_large": LARGE | {"drop_path": 0.2}, "vit_huge": LARGE | {"drop_path": 0.3}}
 GRID = [(lr, head_lr) for lr in (0.1, 0.01, 0.001) for head_lr in (1.0, 10.0, 100.0)]
 
@@ -78,7 +79,7 @@ def parse_args(argv=None):
     group.add_argument("--head-lr", type=positive(float), help="multiplier of the classifier's learning rate")
     group.add_argument("--layer-decay", type=share, help="factor of the learning rate from a layer to the one below")
     group.add_argument("--weight-decay", type=at_least(0, float))
-    group.add_argument("--drop-path", type=below_one, help="of a ViT: probability in the last block")
+    group.add_argument("--drop-path", type=below_one, help="of a transformer: probability in the last block")
     group.add_argument("--schedule", choices=["cosine", "step"], help="step: x0.2 at 60 and at 80 %% of the epochs")
     group.add_argument("--val-every", type=positive(int), help="epochs between accuracies, beside the last")
     parser.add_loop(run)
@@ -90,7 +91,7 @@ def parse_args(argv=None):
 
 def complete(args, backbone, meta, labelled):
     """The arguments with everything that was left out filled in. labelled: the share of the training images."""
-    is_vit = hasattr(backbone, "tokens")
+    is_vit = hasattr(backbone, "patch_size")  # or a Swin, or an XCiT
     known = {k: meta[k] for k in ("arch", "width", "image_size", "channels")}
     known["out"] = str(result_folder(args.pretrained, args.out))
     defaults = VIT if is_vit else RESNET | {"weight_decay": 5e-4 if labelled <= 0.05 else 1e-4}
@@ -156,25 +157,30 @@ class Classifier(nn.Module):
     """A backbone and a linear classifier. All layers are trained, and a ViT's positions, except those of id < freeze.
 
     A ViT's features are, as in MAE, the mean of the patch tokens through a new norm; its own final norm is left out.
+    A Swin's and an XCiT's are their own.
     """
 
     def __init__(self, backbone, classes, freeze=0):
         super().__init__()
         self.backbone, self.head = backbone, nn.Linear(backbone.dim, classes)
         self.depth = 4 if hasattr(backbone, "stages") else len(getattr(backbone, "blocks", []))
+        self.depths = getattr(backbone, "config", {}).get("depths", ())  # of a Swin's stages
+        self.draws = getattr(backbone, "draws", 2 * self.depth)  # uniforms for drop path
+        self.path_factors = xcit.path_factors if isinstance(backbone, xcit.XCiT) else path_factors
         nn.init.zeros_(self.head.bias)
-        if hasattr(backbone, "tokens"):
+        if hasattr(backbone, "patch_size"):
             nn.init.trunc_normal_(self.head.weight, std=2e-5)
-            backbone.norm, backbone.fc_norm, backbone.pool = nn.Identity(), nn.LayerNorm(backbone.dim, eps=1e-6), "mean"
         else:
             nn.init.normal_(self.head.weight, std=0.01)
+        if isinstance(backbone, ViT):
+            backbone.norm, backbone.fc_norm, backbone.pool = nn.Identity(), nn.LayerNorm(backbone.dim, eps=1e-6), "mean"
         if freeze > self.depth + 1:
             fail(f"--freeze {freeze}: there are {self.depth + 1} layers below the classifier")
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(layer_id(name, self.depth) >= freeze)
+            parameter.requires_grad_(layer_id(name, self.depth, self.depths) >= freeze)
 
     def forward(self, x, paths=None):
-        """x: (B, C, S, S), paths: None or factors of drop path (2 depth, B). Returns logits (B, classes)."""
+        """x: (B, C, S, S), paths: None or factors of drop path (draws, B). Returns logits (B, classes)."""
         return self.head(self.backbone(x) if paths is None else self.backbone(x, paths=paths))
 
     def train(self, mode=True):
@@ -186,26 +192,30 @@ class Classifier(nn.Module):
         return self
 
 
-def layer_id(name, depth):
-    """0: stem or embedding, or a library's network, whole. i: stage i of a ResNet, i + 1: block i of a ViT. depth + 1:
-    norm and classifier."""
+def layer_id(name, depth, depths=()):
+    """0: stem or embedding, or a library's network, whole. i: stage i of a ResNet, i + 1: block i of a transformer,
+    what merges patches counting to the block before. depth + 1: norm, class attention and classifier. depths: blocks of
+    the stages of a Swin."""
     name = name.removeprefix("backbone.")
     if name.startswith(("cls_token", "pos_embed", "patch_embed", "conv1.", "bn1.", "network.")):
         return 0
     if name.startswith("blocks."):
         return int(name.split(".")[1]) + 1
+    if name.startswith("layers."):
+        stage, part, block = name.split(".")[1:4]
+        return sum(depths[: int(stage)]) + (int(block) + 1 if part == "blocks" else depths[int(stage)])
     return int(name[len("layer")]) if name.startswith("layer") else depth + 1
 
 
 def parameter_groups(model, weight_decay, layer_decay=1.0, head_lr=1.0, decay_all=False):
     """Groups for the optimiser, whose `scale` multiplies the learning rate: layer_decay ** (depth + 1 - layer_id), for
-    the classifier times head_lr. Without decay_all, vectors, positions and the class token have no weight decay."""
+    the classifier times head_lr. Without decay_all, vectors and what UNDECAYED names have no weight decay."""
     groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
             scale = head_lr if name.startswith("head.") else 1.0
-            scale *= layer_decay ** (model.depth + 1 - layer_id(name, model.depth))
-            decay = weight_decay * (decay_all or (p.ndim > 1 and not name.endswith(("pos_embed", "cls_token"))))
+            scale *= layer_decay ** (model.depth + 1 - layer_id(name, model.depth, model.depths))
+            decay = weight_decay * (decay_all or (p.ndim > 1 and not name.endswith(UNDECAYED)))
             new = {"params": [], "scale": scale, "weight_decay": decay}
             groups.setdefault((scale, decay), new)["params"].append(p)
     return list(groups.values())
@@ -255,7 +265,7 @@ def validate(run, test, view, args):
 def finetune(args, backbone, meta, data, test):
     """One run. Returns its learning rates and the accuracies at the last and at the best validation."""
     run = Run(args, "semi")
-    is_vit, classes = hasattr(backbone, "tokens"), int(data.labels.max()) + 1
+    is_vit, classes = hasattr(backbone, "patch_size"), int(data.labels.max()) + 1
     how = {"interpolation": "bicubic" if is_vit else "bilinear", "mean": tuple(meta["mean"]), "std": tuple(meta["std"])}
     test_view = EvalView(args.image_size, resize=args.image_size if args.image_size > 224 else 0, **how)
     run.open([View(args.image_size, (args.crop_min, 1.0), flip=args.flip, **how)], data=data)
@@ -266,7 +276,8 @@ def finetune(args, backbone, meta, data, test):
     optimizer = torch.optim.AdamW(groups, peak) if is_vit else torch.optim.SGD(groups, peak, momentum=0.9)
     rule = f"{args.lr} x {args.batch_size}/256 = {peak:.4g}, layer x{args.layer_decay:g}, classifier x{args.head_lr:g}"
     chance = math.log(classes)
-    run.more = {"history": [], "meta": meta | ({"pool": "mean"} if is_vit else {}), "backbone_prefix": "backbone."}
+    pool = {"pool": backbone.pool} if is_vit else {}  # which the classifier may have changed
+    run.more = {"history": [], "meta": meta | pool, "backbone_prefix": "backbone."}
     net = run.start(model, optimizer, chance=chance, lr=rule, baseline=f"loss ln({classes}) = {chance:.3f}")
 
     validate(run, test, test_view, args)  # of a run that was stopped just before it
@@ -278,7 +289,7 @@ def finetune(args, backbone, meta, data, test):
             for batch in batches:
                 (x,), paths = batch.views(), None
                 if args.drop_path:
-                    paths = path_factors(batch.uniforms(2 * model.depth, rng.PATHS), args.drop_path).to(run.dtype)
+                    paths = model.path_factors(batch.uniforms(model.draws, rng.PATHS), args.drop_path).to(run.dtype)
                 targets = F.one_hot(batch.labels, classes).to(run.dtype)
                 run.backward(F.cross_entropy(net(x, paths), targets))
             run.update(optimizer)

@@ -1,7 +1,8 @@
 """Linear SVMs on frozen features, full and low-shot, on Pascal VOC07 classification (Goyal et al. 2019).
 
 One LinearSVC per class on the five stages of the network, averaged to about 9,000 numbers each at ResNet-50's widths
-(class token and mean of the patch tokens for a ViT), rows divided by their length + 1e-5. Nothing else is trained.
+(class token and mean of the patch tokens for a ViT, what they return for a Swin or an XCiT), rows divided by their
+length + 1e-5. Nothing else is trained.
 
     python eval_svm.py --pretrained runs/simsiam/backbone.pt --data /VOCdevkit/VOC2007
     torchrun --nproc_per_node=8 eval_svm.py --pretrained runs/simsiam/backbone.pt --data /VOCdevkit
@@ -60,6 +61,7 @@ from common.features import broken_rows, extract, pool_stage
 from common.log import facts, report
 from common.optim import precision
 from common.run import start_device
+from common.vit import ViT
 from common.voc import find_set, open_images, read_labels
 
 COSTS = [1.0, 10.0, 100.0, *(0.5**i for i in range(4, 20))]
@@ -106,8 +108,8 @@ class Levels(nn.Module):
     def __init__(self, backbone, size, names=None, channels=3):
         super().__init__()
         self.backbone = backbone.eval()
-        if not (hasattr(backbone, "stages") or hasattr(backbone, "tokens")):
-            read = "the stages of a ResNet or the tokens of a ViT are read here"
+        if not (hasattr(backbone, "stages") or hasattr(backbone, "patch_size")):
+            read = "the stages of a ResNet or the tokens of a transformer are read here"
             fail(f"--pretrained: {read}, {backbone.arch} gives pooled features: try eval_knn.py or eval_linear.py")
         with torch.no_grad():
             levels = self.levels(torch.zeros(1, channels, size, size))
@@ -121,6 +123,8 @@ class Levels(nn.Module):
     def levels(self, x):
         if hasattr(self.backbone, "stages"):
             return {f"feat{i}": pool_stage(x).flatten(1) for i, x in enumerate(self.backbone.stages(x), 1)}
+        if not isinstance(self.backbone, ViT):
+            return {self.backbone.pool: self.backbone(x)}
         tokens = self.backbone.tokens(x)
         mean = {"mean": self.backbone.fc_norm(tokens[:, 1:].mean(1))}
         return {"cls": tokens[:, 0], **mean} if self.backbone.pool == "cls" else mean  # else it was never trained

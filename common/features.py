@@ -11,6 +11,7 @@ from common.args import fail
 from common.distributed import gather_uneven
 from common.loader import eval_batches, eval_share
 from common.log import bar
+from common.vit import ViT
 
 # Stages of ResNet-50 at 224 pixels, by channels: side; kernel, stride, padding of average pooling (Goyal et al. 2019)
 WINDOWS = {64: (112, 10, 10, 4), 256: (56, 16, 8, 0), 512: (28, 13, 5, 0), 1024: (14, 8, 3, 0), 2048: (7, 6, 1, 0)}
@@ -45,8 +46,8 @@ class Features(nn.Module):
     """Several features of a backbone from one forward pass, side by side: (B, 3, H, W) -> (B, sum of dims).
 
     names (default: what the backbone returns): of a ResNet feat1 to feat5, the averages over the maps of its stages; of
-    a ViT cls, the class token after the final norm (which one of pool "mean" lacks), and mean, of the patch tokens; of
-    a library's network pool, which is all that it returns.
+    a ViT cls, the class token after the final norm (which one of pool "mean" lacks), and mean, of the patch tokens.
+    Others have what they return: mean of a Swin, cls of an XCiT, pool of a library's network.
     """
 
     def __init__(self, backbone, names=None):
@@ -57,12 +58,12 @@ class Features(nn.Module):
             stages = [backbone.conv1, backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4]
             convs = [[m for m in stage.modules() if isinstance(m, nn.Conv2d)] for stage in stages]
             dims = [conv[-1].out_channels for conv in convs]
-        elif hasattr(backbone, "tokens"):
+        elif isinstance(backbone, ViT):
             kind, known, self.default = "a ViT", ["cls", "mean"], backbone.pool
             dims = [backbone.dim] * 2
         else:
-            kind, known, self.default = backbone.arch, ["pool"], "pool"
-            dims = [backbone.dim]
+            kind, self.default = getattr(backbone, "arch", type(backbone).__name__), getattr(backbone, "pool", "pool")
+            known, dims = [self.default], [backbone.dim]
         self.names = list(dict.fromkeys(names or [self.default]))
         if unknown := [name for name in self.names if name not in known]:
             fail(f"--features {' '.join(unknown)}: the features of {kind} are {', '.join(known)}")
@@ -82,8 +83,8 @@ class Features(nn.Module):
 
 def usual_interpolation(backbone):
     """How evaluations of frozen features resize images unless told otherwise: as most published code, bicubically for a
-    ViT, bilinearly for others."""
-    return "bicubic" if hasattr(backbone, "tokens") else "bilinear"
+    transformer of ours, bilinearly for others."""
+    return "bicubic" if hasattr(backbone, "patch_size") else "bilinear"
 
 
 def broken_rows(features, dataset, which):

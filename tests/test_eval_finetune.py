@@ -89,7 +89,7 @@ def test_layers_of_a_resnet_and_the_multiplier_of_its_classifier():
 def test_defaults_are_those_of_the_papers():
     def options(arch, *more):
         args = helpers.parsed("eval_finetune", "--pretrained", "random", *more)
-        backbone = SimpleNamespace(**({} if arch.startswith("vit") else {"stages": None}))
+        backbone = SimpleNamespace(**{"patch_size" if arch.startswith("vit") else "stages": None})
         return vars(ft.complete(args, backbone, {"arch": arch, "width": 1.0, "image_size": 224, "channels": 3}))
 
     names = ("recipe", "epochs", "batch_size", "lr", "weight_decay", "layer_decay", "drop_path", "head_lr")

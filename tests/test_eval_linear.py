@@ -68,7 +68,7 @@ def test_total_learning_rates_of_the_published_protocols():
     assert totals == pytest.approx(expected | {"multihead": 0.01, "simclr": 1.6, "byol": 0.8})
     assert {n for n, p in PROTOCOLS.items() if p.batch % eval_linear.MICRO} == set()
     assert adapt("mocov3", resnet(*SMALL)).lr * 4 == pytest.approx(0.4)  # its ResNet-50
-    large = type("Large", (nn.Module,), {"dim": 1024})()
+    large = ViT(1024, 0, 16, 8, 16)
     assert adapt("mae", large).epochs == 50 and adapt("mae", ViT(24, 1, 2, 8, 16)).epochs == 90
 
 

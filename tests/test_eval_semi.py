@@ -42,7 +42,7 @@ def test_schedules():
 def test_defaults_are_those_of_the_papers():
     def row(arch, labelled):
         args = helpers.parsed("eval_semi", "--pretrained", "random", "--labels", "1%")
-        backbone = SimpleNamespace(**({} if arch.startswith("vit") else {"stages": None}))
+        backbone = SimpleNamespace(**{"patch_size" if arch.startswith("vit") else "stages": None})
         meta = {"arch": arch, "width": 1.0, "image_size": 224, "channels": 3}
         names = "epochs batch_size lr head_lr schedule weight_decay layer_decay drop_path val_every"
         return tuple(vars(semi.complete(args, backbone, meta, labelled))[name] for name in names.split())
