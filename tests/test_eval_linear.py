@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
-from torch import nn
 
 import eval_linear
 from common import augment, rng
