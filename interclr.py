@@ -1,12 +1,10 @@
-"""InterCLR: Delving into Inter-Image Invariance for Unsupervised Visual Representations (Xie et al., IJCV 2022,
-arXiv 2008.11702), in its form on MoCo v2.
+"""InterCLR: Delving into Inter-Image Invariance for Unsupervised Visual Representations (Xie et al., 2022, 2008.11702).
 
 MoCo v2 (moco.py) takes only views of one image for alike. Here a bank holds the last key of each of the N images, in k
 clusters that change with it as in odc.py, and the query q also has to pick a member p of its image's cluster among M
-negatives n of other clusters. A margin m below 0 asks for less than that, as clusters are not always right:
+negatives n: any of the P images of other clusters that are most similar to q, out of all N (semi-hard negatives). A
+margin m below 0 asks for less than that, as clusters are not always right:
 L = (1 - w) L_MoCo + w L_inter,  L_inter = -log [ exp((q.p - m) / T) / (exp((q.p - m) / T) + sum_n exp(q.n / T)) ].
-Negatives are semi-hard: any M of the P images of other clusters that are most similar to q. That is what the M most
-similar ones of a random share M / P of all images are, up to a P that varies by 1 / sqrt(M): the rest is not looked at.
 
     torchrun --nproc_per_node=8 interclr.py --data /imagenet
     python interclr.py --data digits --arch resnet18 --width 0.25 --batch-size 64 --epochs 40 --flip 0
@@ -18,7 +16,7 @@ Small images (our choice): --image-size 32 --arch resnet18 --weight-decay 5e-4 -
 clusters held images of the same time, not kind, as keys drifted: of a step's images, all "changed" theirs (in the log).
 
 Deviations, where the paper leaves it open from MMSelfSup 0.11: those of moco.py, and of odc.py in epochs and clusters;
-the own cluster is no part of the pool, and may be larger than it; the random share is one for all queries of a step.
+the own cluster is no part of the pool, and may be larger than it; all M negatives of a query differ.
 To hack: copy this file. What is InterCLR: the sections model and loss, and the lines marked in main.
 """
 
@@ -200,20 +198,20 @@ def own_share(rows):
 
 
 # ------------------------------------------------------------------------------------------------------- loss
-def info_nce(q, k, negatives, temperature, margin=0.0, same=None, count=None):
+def info_nce(q, k, negatives, temperature, margin=0.0, same=None, pool=None, count=None, order=None):
     """Cross entropy of picking k among itself and the negatives, its cosine less the margin; mean over the batch; no
-    gradient into keys. Without the last three arguments it is MoCo's loss.
+    gradient into keys. Without the arguments after the margin it is MoCo's loss.
 
-    q, k: (B, D), negatives: (S, D), all of length 1. same: (B, S), which of them are none; of the others, the `count`
-    most similar to q are taken, or all that there are. All equal gives ln(1 + count e^(margin / T)). Only one (B, S)
-    array is made, used in place and freed: the gradient of log sum exp(q.k / T) is computed right here.
+    q, k: (B, D), negatives: (S, D), of length 1. same: (B, S), which of them are none; of the others the `pool` most
+    similar to q, and of these the `count` with the largest `order` (S,), or all there are. All equal gives
+    ln(1 + count e^(margin / T)). The gradient of log sum exp(q.k / T) is computed right here: it frees the logits.
     """
     with torch.no_grad():
         logits = (q @ negatives.T).div_(temperature)
         if same is not None:
-            logits.masked_fill_(same, -torch.inf)
-            least = logits.topk(count, sorted=False).values.amin(1, keepdim=True)
-            logits.masked_fill_(logits < least, -torch.inf)
+            found, where = logits.masked_fill_(same, -torch.inf).topk(pool, sorted=False)
+            chosen = order[where].masked_fill_(found.isinf(), -1).topk(count, sorted=False).indices
+            logits.fill_(-torch.inf).scatter_(1, where.gather(1, chosen), found.gather(1, chosen))
         top = logits.amax(1, keepdim=True).clamp(min=-1 / temperature)  # finite also without any: the loss is 0 then
         weights = logits.sub_(top).exp_()
         total = weights.sum(1, keepdim=True)
@@ -221,6 +219,14 @@ def info_nce(q, k, negatives, temperature, margin=0.0, same=None, count=None):
     negative = (top + total.log())[:, 0] + ((q - q.detach()) * slope).sum(1)  # adds 0, whose gradient is the slope
     positive = ((q * k.detach()).sum(1) - margin) / temperature
     return -F.logsigmoid(positive - negative).mean()
+
+
+def inter_nce(q, indices, members, model, temperature, margin, *wanted, most=2**26):
+    """L_inter of queries (B, D) of these images, at most `most` logits at a time. wanted: pool, count and order."""
+    total, bank, labels = 0.0, model.features, model.labels
+    for a, i, p in zip(*(x.split(max(1, most // len(bank))) for x in (q, indices, members)), strict=True):
+        total += len(a) / len(q) * info_nce(a, bank[p], bank, temperature, margin, labels[i, None] == labels, *wanted)
+    return total
 
 
 # --------------------------------------------------------------------------------------------------- training
@@ -238,9 +244,7 @@ def main(args):
     n, pool = len(data), args.pool or len(data) // 10
     clusters = args.clusters or max(2, min(10000, n // 100))
     if clusters * max(1, args.min_cluster) > n:  # else the largest cluster is never a small one
-        fail(
-            f"--clusters {clusters} of --min-cluster {args.min_cluster} are too many for {n} images: lower one of them"
-        )
+        fail(f"--clusters {clusters} of --min-cluster {args.min_cluster} are too many for {n} images: lower one")
     negatives = args.negatives or min(16384, max(1, pool * 4 // 5))
     if not negatives <= pool <= n:
         fail(f"--negatives {negatives} of a --pool of {pool} of {n} images: each must be at most the next")
@@ -250,13 +254,12 @@ def main(args):
         model.reset_target()  # MoCo
     peak = args.lr * args.batch_size / 256
     optimizer = torch.optim.SGD(model.parameters(), lr=peak, momentum=args.momentum, weight_decay=args.weight_decay)
-    rule = f"{args.lr} x {args.batch_size}/256 = {peak:.4g}"
     inter = math.log(1 + negatives * math.exp(args.margin / args.temperature))
     chance = (1 - args.inter) * math.log(queue + 1) + args.inter * inter
     lines = {"baseline": f"loss {1 - args.inter:g} ln({queue + 1}) + {args.inter:g} x {inter:.2f} = {chance:.2f}"}
     lines |= {"queue": f"{queue:,} keys{reason}", "batch norm": f"{groups} groups of {size // groups} images"}
     lines |= {"clusters": clusters, "negatives": f"{negatives:,} of the {pool:,} most similar of {n:,} images"}
-    net = run.start(model, optimizer, chance=chance, lr=rule, **lines)
+    net = run.start(model, optimizer, chance=chance, lr=f"{args.lr} x {args.batch_size}/256 = {peak:.4g}", **lines)
 
     if not run.resumed:  # InterCLR
         queries, _ = extract(model, data, run.view, run.device, args.workers, amp=run.amp, everywhere=False)
@@ -270,17 +273,14 @@ def main(args):
             model.update_target(args.key_momentum)  # MoCo: once per step, before its keys
             weight = args.inter if epoch >= args.intra_epochs else 0.0  # InterCLR
             generator = torch.Generator(run.device).manual_seed(*rng.seeds(args.seed, step + 1, 1, rng.SCRIPT + 2))
-            rows = torch.randperm(n, generator=generator, device=run.device)[: math.ceil(n * negatives / pool)]
-            rows = rows.sort().values  # read in the order in which they lie
-            bank, labels = model.features[rows], model.labels[rows]  # the M most similar are any of the P of all
+            wanted = (pool, negatives, torch.randperm(n, generator=generator, device=run.device))
             keys, indices = [], []
             for batch in batches:
                 x1, x2 = batch.views()
                 order = to_device(key_order(args.seed, step + 1, len(keys), size), run.device)
                 q, k, new = net(x1, x2, order)
                 member = model.members(batch.indices, batch.uniforms(1, rng.SCRIPT + 1)[:, 0])  # InterCLR
-                same = model.labels[batch.indices, None] == labels
-                inter = info_nce(q, model.features[member], bank, args.temperature, args.margin, same, negatives)
+                inter = inter_nce(q, batch.indices, member, model, args.temperature, args.margin, *wanted)
                 run.backward((1 - weight) * info_nce(q, k, model.queue, args.temperature) + weight * inter)
                 keys.append(new)
                 indices.append(gather(batch.indices))

@@ -25,14 +25,20 @@ def small_model(images=30, clusters=4, dim=5, labels=None):
     return model
 
 
-def slow(q, k, negatives, temperature, margin, same, count):
+def slow(q, k, negatives, temperature, margin, same, pool, count, order):
     """The loss one query at a time, in NumPy."""
     terms = []
     for i, (a, b) in enumerate(zip(q.numpy(), k.numpy(), strict=True)):
-        others = sorted((a @ n for n, own in zip(negatives.numpy(), same[i].tolist(), strict=True) if not own))
+        others = [(a @ negatives[j].numpy(), o) for j, o in enumerate(order.tolist()) if not same[i, j]]
+        taken = sorted(sorted(others)[-pool:], key=lambda pair: pair[1])[-count:]
         right = math.exp((a @ b - margin) / temperature)
-        terms.append(-math.log(right / (right + sum(math.exp(c / temperature) for c in others[-count:]))))
+        terms.append(-math.log(right / (right + sum(math.exp(c / temperature) for c, _ in taken))))
     return np.mean(terms)
+
+
+def wanted(pool, count, size, seed=5):
+    """The last arguments of the loss: which negatives of `size` ones are taken."""
+    return pool, count, torch.randperm(size, generator=torch.Generator().manual_seed(seed))
 
 
 def some(queries=6, negatives=40, dim=5):
@@ -42,12 +48,16 @@ def some(queries=6, negatives=40, dim=5):
 
 # ------------------------------------------------------------------------------------------------------- loss
 @pytest.mark.parametrize("temperature", [0.07, 0.2, 1.0])
-@pytest.mark.parametrize("margin, count", [(-0.5, 7), (0.0, 1), (0.3, 20), (-0.5, 40)])
-def test_loss_equals_numpy(temperature, margin, count):
-    """With fewer than `count` negatives of other clusters, too."""
+@pytest.mark.parametrize(
+    "margin, pool, count", [(-0.5, 7, 7), (-0.5, 20, 7), (0.0, 9, 1), (0.3, 20, 19), (-0.5, 40, 30), (-0.5, 40, 40)]
+)
+def test_loss_equals_numpy(temperature, margin, pool, count):
+    """With fewer than `pool` and fewer than `count` negatives of other clusters, too."""
     q, k, negatives, same = some()
-    loss = interclr.info_nce(q, k, negatives, temperature, margin, same, count)
-    assert loss.item() == pytest.approx(slow(q, k, negatives, temperature, margin, same, count), abs=1e-10)
+    assert (~same).sum(1).min() < 30
+    how = (temperature, margin, same, *wanted(pool, count, 40))
+    loss = interclr.info_nce(q, k, negatives, *how)
+    assert loss.item() == pytest.approx(slow(q, k, negatives, *how), abs=1e-10)
 
 
 def test_without_clusters_it_is_mocos_loss_to_the_bit():
@@ -59,19 +69,19 @@ def test_without_clusters_it_is_mocos_loss_to_the_bit():
 def test_gradient_goes_into_queries_only():
     q, k, negatives, same = some()
     inputs = [x.requires_grad_() for x in (q, k, negatives)]
-    interclr.info_nce(*inputs, 0.2, -0.5, same, 7).backward()
+    interclr.info_nce(*inputs, 0.2, -0.5, same, *wanted(12, 7, 40)).backward()
     assert q.grad.abs().max() > 0 and k.grad is None and negatives.grad is None
-    rest = [k.detach(), negatives.detach(), 0.2, -0.5, same, 7]
+    rest = [k.detach(), negatives.detach(), 0.2, -0.5, same, *wanted(12, 7, 40)]
     assert torch.autograd.gradcheck(lambda q: interclr.info_nce(q, *rest), q)
 
 
-@pytest.mark.parametrize("count", [1, 9])
+@pytest.mark.parametrize("count", [1, 4, 9])
 @pytest.mark.parametrize("margin", [-0.5, 0.0, 0.25])
 def test_equal_vectors_give_chance(margin, count):
     q = unit(1, 5).expand(3, -1)
-    loss = interclr.info_nce(q, q, q[:1].expand(9, -1), 0.2, margin, torch.zeros(3, 9, dtype=torch.bool), count)
-    # 9 equal ones of which one is asked for: none is less similar than the least similar of those taken
-    assert loss.item() == pytest.approx(math.log(1 + 9 * math.exp(margin / 0.2)), abs=1e-12)
+    same = torch.zeros(3, 9, dtype=torch.bool)
+    loss = interclr.info_nce(q, q, q[:1].expand(9, -1), 0.2, margin, same, *wanted(9, count, 9))
+    assert loss.item() == pytest.approx(math.log(1 + count * math.exp(margin / 0.2)), abs=1e-12)
 
 
 def test_a_negative_margin_asks_for_less():
@@ -80,7 +90,8 @@ def test_a_negative_margin_asks_for_less():
     member = torch.tensor([[0.0, 1.0]], dtype=torch.float64)
     negative = torch.tensor([[0.5, math.sqrt(0.75)]], dtype=torch.float64)
     same = torch.zeros(1, 1, dtype=torch.bool)
-    loss = {m: interclr.info_nce(q, member, negative, 0.5, m, same, 1).item() for m in (-0.5, 0.0, 0.5)}
+    how = (same, *wanted(1, 1, 1))
+    loss = {m: interclr.info_nce(q, member, negative, 0.5, m, *how).item() for m in (-0.5, 0.0, 0.5)}
     assert loss[-0.5] == pytest.approx(math.log(2), abs=1e-12)
     assert loss[0.0] == pytest.approx(math.log(1 + math.e), abs=1e-12)
     assert loss[0.5] == pytest.approx(math.log(1 + math.e**2), abs=1e-12)
@@ -95,7 +106,7 @@ def test_negatives_are_the_most_similar_of_other_clusters():
     taken = {1: [0.2], 2: [0.2, 0.4], 3: [0.2, 0.4, 3.0], 4: [0.2, 0.4, 3.0], 5: [0.2, 0.4, 3.0]}
     for count, expected in taken.items():
         total = sum(math.exp(math.cos(a) / 0.2) for a in expected)
-        loss = interclr.info_nce(q, q, candidates, 0.2, -0.5, same, count).item()
+        loss = interclr.info_nce(q, q, candidates, 0.2, -0.5, same, *wanted(count, count, 5)).item()
         assert loss == pytest.approx(-math.log(math.exp(7.5) / (math.exp(7.5) + total)), abs=1e-12)
 
 
@@ -104,31 +115,43 @@ def test_a_cluster_that_holds_every_candidate_costs_nothing():
     q, k, negatives, same = some()
     same[2] = True
     q.requires_grad_()
-    interclr.info_nce(q, k, negatives, 0.2, -0.5, same, 7).backward()
+    how = wanted(12, 7, 40)
+    interclr.info_nce(q, k, negatives, 0.2, -0.5, same, *how).backward()
     assert q.grad.isfinite().all() and q.grad[2].abs().max() == 0 and (q.grad.abs().amax(1) > 0).sum() == 5
     keep = torch.arange(6) != 2
-    rest = interclr.info_nce(q[keep], k[keep], negatives, 0.2, -0.5, same[keep], 7)
-    assert interclr.info_nce(q, k, negatives, 0.2, -0.5, same, 7).item() == pytest.approx(
+    rest = interclr.info_nce(q[keep], k[keep], negatives, 0.2, -0.5, same[keep], *how)
+    assert interclr.info_nce(q, k, negatives, 0.2, -0.5, same, *how).item() == pytest.approx(
         rest.item() * 5 / 6, abs=1e-12
     )
 
 
 # ------------------------------------------------------------------------------------------------------- pool
-def test_a_random_share_gives_the_pool(monkeypatch):
-    """The 40 most similar of a random fifth of 2,000 images: each of the 200 most similar of all is taken as often as
-    the others, images beyond 250 hardly ever, and the last one taken lies at 200 on average."""
-    n, negatives, pool = 2000, 40, 200
-    order = np.random.default_rng(0).permutation(n)  # rank of similarity of each image
-    taken, last = np.zeros(n), []
-    for step in range(400):
-        generator = torch.Generator().manual_seed(*interclr.rng.seeds(0, step + 1, 1, interclr.rng.SCRIPT + 2))
-        ranks = np.sort(order[torch.randperm(n, generator=generator)[: math.ceil(n * negatives / pool)]])[:negatives]
-        taken[ranks] += 1
-        last.append(ranks[-1] + 1)
-    assert taken[:120].mean() / 400 == pytest.approx(0.2, abs=0.004) and taken[:120].std() / 400 < 0.03
-    assert np.mean(last) == pytest.approx(pool, rel=0.02)
-    assert np.std(last) / pool == pytest.approx(1 / math.sqrt(negatives), rel=0.2)
-    assert taken[300:].sum() == 0
+def test_pool_is_exact():
+    """Of the 12 most similar images of other clusters 5 are taken, any of them as often as the others. The bank holds
+    unit vectors: the gradient is 0 but along those taken."""
+    q, bank, counts = unit(2, 40, seed=1).requires_grad_(), torch.eye(40).double(), torch.zeros(2, 40)
+    *_, same = some(queries=2)
+    pools = q.detach().masked_fill(same, -torch.inf).topk(12).indices.tolist()
+    for seed in range(100):
+        how = wanted(12, 5, 40, seed)
+        q.grad = None
+        interclr.info_nce(q, torch.zeros_like(q), bank, 0.2, -0.5, same, *how).backward()
+        for i, pool in enumerate(pools):
+            last = sorted(pool, key=how[2].tolist().__getitem__)[-5:]
+            assert q.grad[i].nonzero().flatten().tolist() == sorted(last)
+        counts += q.grad != 0
+    assert (counts > 0).sum() == 24 and counts[counts > 0].min() > 25 and counts.max() < 60  # 42 each on average
+
+
+@pytest.mark.parametrize("most", [1, 64, 200, 10**6])
+def test_parts_change_nothing(most):
+    """1, 2 and 6 of 6 queries at a time."""
+    model, how = small_model(), wanted(9, 6, 30)
+    q, indices, members = unit(6, 5, seed=4), torch.tensor([3, 0, 8, 29, 11, 5]), torch.tensor([1, 2, 3, 4, 5, 6])
+    same = model.labels[indices, None] == model.labels
+    expected = interclr.info_nce(q, model.features[members], model.features, 0.2, -0.5, same, *how)
+    found = interclr.inter_nce(q, indices, members, model, 0.2, -0.5, *how, most=most)
+    torch.testing.assert_close(found, expected, atol=1e-14, rtol=0)
 
 
 def seen_by_loss(monkeypatch):
@@ -136,22 +159,22 @@ def seen_by_loss(monkeypatch):
     seen, original = [], interclr.info_nce
 
     def record(*args):
-        seen.append(args)
+        seen.append([x.clone() if isinstance(x, torch.Tensor) else x for x in args])
         return original(*args)
 
     monkeypatch.setattr(interclr, "info_nce", record)
     return seen
 
 
-@pytest.mark.parametrize("negatives, pool, share", [(6, 20, 20), (8, 8, 64), (8, 64, 8), (20, 21, 61)])
-def test_share_of_a_step(negatives, pool, share, tmp_path, monkeypatch):
-    """64 images. A pool as large as the negatives has a look at all images, one of all images at as many as needed."""
+def test_negatives_of_a_step(tmp_path, monkeypatch):
+    """Out of all 64 images; micro-batches of a step prefer the same ones, steps others."""
     seen = seen_by_loss(monkeypatch)
-    train("interclr", tmp_path, "--negatives", negatives, "--pool", pool, "--max-steps", 2, "--accum", 2)
+    train("interclr", tmp_path, "--negatives", 6, "--pool", 20, "--max-steps", 2, "--accum", 2)
     inter = [args for args in seen if len(args) > 4]
-    assert [len(args[2]) for args in inter] == [share] * 4 and {args[6] for args in inter} == {negatives}
-    assert torch.equal(inter[0][2], inter[1][2]), "micro-batches of a step share it"
-    assert not torch.equal(inter[1][2], inter[2][2])
+    assert [len(args[2]) for args in inter] == [64] * 4 and {args[6:8] == [20, 6] for args in inter} == {True}
+    orders = [args[8] for args in inter]
+    assert torch.equal(orders[0], orders[1]) and not torch.equal(orders[1], orders[2])
+    assert all(torch.equal(order.sort().values, torch.arange(64)) for order in orders)
 
 
 # ---------------------------------------------------------------------------------------------------- members
@@ -223,9 +246,8 @@ def test_order_of_a_step(tmp_path, monkeypatch):
         before = updates[i // 2 - 1][3] if i > 1 else None  # what the step before has written
         if before:
             assert torch.equal(features[before[0]], before[1])
-        q, k, bank, _, margin, same, count = seen[2 * i]
-        places = (bank[:, None] == features).all(2).long().argmax(1)
-        assert torch.equal(same, labels[indices][:, None] == labels[places])
+        q, k, bank, _, margin, same, _, count, _ = seen[2 * i]
+        assert torch.equal(bank, features) and torch.equal(same, labels[indices][:, None] == labels)
         member = (k[:, None] == features).all(2).long().argmax(1)
         assert torch.equal(labels[member], labels[indices]) and (margin, count) == (-0.5, 6)
         assert u.shape == (8,) and q.shape == (8, 16)
