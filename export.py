@@ -299,8 +299,12 @@ def main(args):
     target = args.to or ONLY.get(out.suffix) or home(backbone)
     if target in ("pt2", "onnx"):
         if out.suffix not in ENDINGS[target]:
-            fail(f"--out {out}: {meta['arch']} is known to no library: the name must end in .pt2 or .onnx")
-        content, weights = compile_program(backbone, meta, target), dict(backbone.state_dict())
+            fail(f"--out {out}: weights of {meta['arch']} get no other names here: the name must end in .pt2 or .onnx")
+        try:
+            content, weights = compile_program(backbone, meta, target), dict(backbone.state_dict())
+        except Exception as error:  # of thousands of networks some do what cannot be traced
+            reason = str(error).strip().splitlines()[0][:120]
+            fail(f"--to {target}: PyTorch's exporter cannot take {meta['arch']} ({reason}): write its weights instead")
     else:
         content, weights = convert(backbone, meta, target)
     try:

@@ -182,7 +182,7 @@ class XCiT(nn.Module):
         x = (x + self.pos_embeder(*grid)).flatten(2).mT
         for i, block in enumerate(self.blocks):
             x = block(x, grid, None if paths is None else paths[3 * i : 3 * i + 3])
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
+        x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x], 1)
         for block in self.cls_attn_blocks:
             x = block(x)
         return self.norm(x[:, 0])

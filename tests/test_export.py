@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import json
 import pickle
+import re
 import sys
 import textwrap
 from types import SimpleNamespace
@@ -20,8 +21,10 @@ from common.datasets import open_dataset
 from common.loader import eval_batches
 from common.networks import Library
 from common.resnet import resnet
+from common.swin import swin
 from common.vit import ViT, vit
-from tests.helpers import command, main, refused, train
+from common.xcit import xcit
+from tests.helpers import ROOT, command, main, refused, train
 
 IMAGES = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
 
@@ -157,11 +160,13 @@ NETWORKS = {
     "vit": lambda: vit("vit_tiny", 32, 0.25, patch_size=8, depth=2, heads=2),
     "vit of means": lambda: vit("vit_tiny", 32, 0.25, 8, 2, positions="learned", pool="mean", layer_scale=0.1),
     "grey vit": lambda: vit("vit_tiny", 32, 0.25, patch_size=8, depth=2, channels=1),
+    "swin": lambda: swin("swin_tiny", 32, 0.25, depths=(1, 1, 1, 1)),
+    "xcit": lambda: xcit("xcit_small_12", 32, 0.25, depth=1),
     "library": lambda: Library("torchvision:squeezenet1_1", image_size=32),
     "timm": lambda: Library("timm:test_vit", image_size=32, channels=2),
 }
 FORMATS = {  # what a file's name decides, and the names in torchvision and timm
-    "pt2": ["narrow", "edges", "no first relu", "vit", "vit of means", "library", "timm"],
+    "pt2": ["narrow", "edges", "no first relu", "vit", "vit of means", "swin", "xcit", "library", "timm"],
     "onnx": ["narrow", "vit", "edges"],
     "torchvision": ["large stem", "small stem", "grey", "no first relu", "vit", "grey vit", "library"],
     "timm": ["large stem", "small stem", "grey", "no first relu", "vit", "vit of means", "grey vit", "timm"],
@@ -186,8 +191,11 @@ def test_the_printed_lines_compute_the_features(target, name, tmp_path, capsys):
     mean, std = [0.3, 0.4, 0.5][:channels], [0.2, 0.25, 0.3][:channels]
     is_vit = isinstance(network, ViT)
     meta = {"method": "x", "arch": getattr(network, "arch", "vit_tiny" if is_vit else "resnet18"), "mean": mean}
-    meta |= {"arch": "resnet50"} if name == "small stem" else {}
-    meta |= {"width": 0.25 if name == "narrow" or is_vit else 0.125 if name == "edges" else 1.0, "std": std}
+    meta |= {"arch": {"small stem": "resnet50", "swin": "swin_tiny", "xcit": "xcit_small_12"}.get(name, meta["arch"])}
+    meta |= {
+        "width": 0.25 if name in ("narrow", "swin", "xcit") or is_vit else 0.125 if name == "edges" else 1.0,
+        "std": std,
+    }
     meta |= {"image_size": 32, "channels": channels} | getattr(network, "config", {})
     source = {"backbone": network.state_dict(), "meta": meta}
     if name == "no first relu":  # as lightly's own networks have it, in a file without meta
@@ -217,6 +225,21 @@ def test_the_printed_lines_compute_the_features(target, name, tmp_path, capsys):
         torch.testing.assert_close(torch.as_tensor(scope["features"]), expected, rtol=1e-5, atol=1e-5 * max(1, scale))
 
 
+def test_lines_of_the_readme(tmp_path):
+    """A backbone in somebody's own code: the lines as they stand there, but for the path."""
+    text = (ROOT / "README.md").read_text()
+    found = re.search(r"((?:^(?: {4}|$).*\n)*^    .*import load_backbone\n(?:^(?: {4}|$).*\n)*)", text, re.M)
+    if not found:
+        pytest.skip("the README shows no such lines")
+    network = lively(resnet("resnet18", 0.25, 32))
+    meta = {"arch": "resnet18", "width": 0.25, "image_size": 32, "channels": 3, "mean": [0.3] * 3, "std": [0.2] * 3}
+    torch.save({"backbone": network.state_dict(), "meta": meta}, tmp_path / "backbone.pt")
+    code = re.sub(r'"runs/[^"]*"', repr(str(tmp_path / "backbone.pt")), textwrap.dedent(found[1]))
+    scope = {"images": IMAGES}
+    exec(code, scope)
+    torch.testing.assert_close(scope["features"], network((IMAGES - 0.3) / 0.2), rtol=1e-5, atol=1e-5)
+
+
 def test_program_gives_the_rows_of_features_py(tmp_path, capsys):
     """A file of a short run: the exported program and features.py agree on the images of a data set."""
     train("simsiam", tmp_path, "--max-steps", 2, "--image-size", 32, "--data", "digits", "--lr", 1)
@@ -230,13 +253,23 @@ def test_program_gives_the_rows_of_features_py(tmp_path, capsys):
     torch.testing.assert_close(network(images).detach(), rows, rtol=1e-5, atol=1e-5)
 
 
-def test_networks_that_a_library_lacks(tmp_path, capsys):
+def test_networks_that_a_library_lacks(tmp_path, capsys, monkeypatch):
     """The weights are written all the same, for whoever builds the network; a line names the way that needs none."""
     torch.save(resnet("resnet18", 0.25, 32).state_dict(), tmp_path / "own.pth")
     for target in ("torchvision", "timm", "mmdet"):
         run(tmp_path / "own.pth", target, tmp_path / f"{target}.pth")
         out = capsys.readouterr().out
         assert "to use it" not in out and "one that runs by itself is written by --out NAME.pt2" in out
+    network = swin("swin_tiny", 32, 0.25, depths=(1, 1, 1, 1))
+    meta = {"arch": "swin_tiny", "width": 0.25, "image_size": 32, "channels": 3} | network.config
+    torch.save({"backbone": network.state_dict(), "meta": meta}, tmp_path / "swin.pt")
+    words = ["--pretrained", tmp_path / "swin.pt", "--out", tmp_path / "b.pth"]
+    assert "b.pth: weights of swin_tiny get no other names here: the name must end in .pt2 or .onnx" in refused(
+        capsys, main, "export", *words
+    )
+    monkeypatch.setattr(torch.export, "export", lambda *args, **more: 1 / 0)
+    message = refused(capsys, main, "export", *words[:3], tmp_path / "b.pt2")
+    assert "--to pt2: PyTorch's exporter cannot take swin_tiny (division by zero): write its weights" in message
     squeeze = Library("torchvision:squeezenet1_1", image_size=32)
     meta = {"arch": squeeze.arch, "width": 1.0, "image_size": 32, "channels": 3}
     torch.save({"backbone": squeeze.state_dict(), "meta": meta}, tmp_path / "library.pt")
