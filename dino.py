@@ -37,6 +37,7 @@ precision; images of at most 64 pixels are not blurred and get a 3x3 stem, those
 To hack: copy this file. What is DINO: the sections augmentation, model and loss, and the lines marked in main.
 """
 
+import common.interrupt  # noqa: F401 (before torch)
 import copy
 import dataclasses
 import math
@@ -55,8 +56,8 @@ from common.checkpoint import load_file
 from common.distributed import print0, process_mean
 from common.features import by_size
 from common.layouts import containers
+from common.networks import network
 from common.optim import LARS, cosine, param_groups, upcast
-from common.resnet import resnet
 from common.run import Run
 from common.vit import default_patch, path_factors, vit
 
@@ -79,7 +80,7 @@ def parse_args(argv=None):
     add("--local-crops", type=at_least(0), default=8, help="small crops per image")
     add("--local-size", type=pixels, help="their pixels (default: 3/7 of --image-size; half of it up to 64)")
     add("--flip", type=probability, default=0.5, help="probability of a mirrored view")
-    add("--arch", default="vit_small", help="vit_tiny, small ..., xcit_small_12 ..., resnet18 ... resnet152")
+    add("--arch", default="vit_small", help="vit_tiny ..., xcit_small_12 ..., resnet18 ..., torchvision:NAME")
     add("--width", type=multiplier, default=1.0, help="multiplier of the backbone's channels")
     add("--patch-size", type=positive(int), help="ViT, XCiT: pixels (default: 16, less for small images)")
     add("--depth", type=positive(int, 1000), help="ViT, XCiT: blocks (default: by --arch)")
@@ -324,7 +325,7 @@ def main(args):
         shape = (args.width, args.patch_size, args.depth)
         backbone = xcit.xcit(args.arch, args.image_size, *shape, channels=args.channels)
     else:
-        backbone = resnet(args.arch, args.width, args.image_size, channels=args.channels)
+        backbone = network(args.arch, args.width, args.image_size, channels=args.channels)
     head = {"out_dim": args.out_dim, "hidden_dim": args.hidden_dim, "bottleneck_dim": args.bottleneck_dim}
     head |= {"norm": args.head_norm, "train_norm": args.train_last_norm}
     model = run.place(DINO(backbone, args.drop_path, **head))
