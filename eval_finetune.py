@@ -376,8 +376,8 @@ def main(args):
                 if args.drop_path:
                     paths = model.path_factors(batch.uniforms(model.draws, rng.PATHS), args.drop_path).to(run.dtype)
                 if step == 0 and micro == 0:  # instead of the picture without erasing and mixing
-                    seen = SimpleNamespace(views=lambda x=x: [x], specs=[view])
-                    save_views(f"{args.out}/finetune_views.png", seen)
+                    seen = SimpleNamespace(views=lambda x=x: [x], specs=[view], indices=batch.indices)
+                    save_views(f"{args.out}/finetune_views.png", seen, data)
                 run.backward(F.cross_entropy(net(x, paths), upcast(targets)))
             run.update(optimizer)
             run.log(lr)

@@ -16,18 +16,22 @@ layer, which the last.pt of npid.py holds: its published figure is theirs, with 
 
 Prints top-1 and top-5 for every feature and k, those of raw pixels for images of at most 64 pixels, and as its last
 line one JSON object, which is also written to eval_knn.json beside the checkpoint (or in --out). Its "knn" holds the
-figures by k; with --features, by feature and k. Raw pixels are the same for every network of an image size: resized
+figures by k; with --features, by feature and k. Of the best of them, per_class_knn.csv and confusion_knn.png beside it
+show single classes, and which are taken for which. Raw pixels are the same for every network of an image size: resized
 bilinearly, minus ImageNet's mean and divided by its deviation (0.5 and 0.25 unless there are three channels).
 """
 
+import common.interrupt  # noqa: F401 (before torch)
 import sys
 
+import numpy as np
 import torch
 from torch import nn
 
 from common.args import Parser, fail, positive, toggle
 from common.augment import EvalView
 from common.checkpoint import default_statistics, load_file, load_pretrained
+from common.classes import by_class
 from common.datasets import open_labelled
 from common.distributed import print0
 from common.features import Features, broken_rows, extract, usual_interpolation
@@ -52,6 +56,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.embedding and args.features:
         parser.error("--embedding and --features: choose one")
+    args.k = list(dict.fromkeys(args.k))
     return args
 
 
@@ -100,32 +105,40 @@ def main(args):
     interpolation = args.interpolation or usual_interpolation(backbone)
     view = EvalView(size, interpolation=interpolation, mean=tuple(meta["mean"]), std=tuple(meta["std"]))
     train, test = open_labelled(args.data, args.train_list, args.val_list, meta["channels"])
-    how = f"{size} px, {interpolation}, T {args.temperature}"
+    how = f"{len(np.unique(train.labels)):,} classes, {size} px, {interpolation}, T {args.temperature}"
     print0(f"data        {args.data}: {len(train):,} training, {len(test):,} test images, {how}")
     if max(args.k) > len(train):
         print0(f"note        --k {max(args.k)}: there are {len(train)} training images, all of which vote")
 
     def evaluate(model, view, names, dims):
-        bank, labels = extract(model, train, view, device, args.workers, args.batch_size, amp)
-        queries, targets = extract(model, test, view, device, args.workers, args.batch_size, amp)
+        """The table of all features, and (top-1, top-5, feature, k, targets, predictions) of the best figure."""
+        how = (view, device, args.workers, args.batch_size, amp)
+        bank, labels = extract(model, train, *how, replace=False)
+        queries, targets = extract(model, test, *how, replace=False)
         if broken := broken_rows(bank, train, "training") or broken_rows(queries, test, "test"):
             fail(f"--pretrained {args.pretrained}: {broken}")
-        table = {}
+        table, best = {}, (-1,)
         for name, x, q in zip(names, bank.split(dims, 1), queries.split(dims, 1), strict=True):
-            rows = knn(x, labels, q, targets, args.k, args.temperature)
+            voted = {}
+            rows = knn(x, labels, q, targets, args.k, args.temperature, predictions=voted)
             for k, (top1, top5) in rows.items():
                 print0(f"{name:<11} k {k:<5} top-1 {top1:6.2f}   top-5 {top5:6.2f}")
+                best = max(best, (top1, top5, name, k, targets, voted[k]), key=lambda row: row[0])
             table[name] = {str(k): {"top1": round(t1, 3), "top5": round(t5, 3)} for k, (t1, t5) in rows.items()}
-        return table
+        return table, best
 
+    table, best = evaluate(model, view, model.names if args.features else ["features"], model.dims)
     result = facts(args, meta, train, test) | {"temperature": args.temperature, "interpolation": interpolation}
-    table = evaluate(model, view, model.names if args.features else ["features"], model.dims)
     result["knn"] = table if args.features else table["features"]
     result["embedding"] = args.embedding
     if size <= 64:
         pixels = Pixels(size, meta["channels"])
         seen = pixel_view(size, meta["channels"])
-        result["pixels"] = evaluate(pixels, seen, ["raw pixels"], pixels.dim)["raw pixels"]
+        result["pixels"] = evaluate(pixels, seen, ["raw pixels"], pixels.dim)[0]["raw pixels"]
+    top1, top5, name, k, targets, voted = best
+    result["best"] = {"features": name, "k": k, "top1": round(top1, 3), "top5": round(top5, 3)}
+    what = f"k-NN, {f'{name}, ' if args.features else ''}k {k}, top-1 {top1:.2f} %"
+    result |= by_class(args, "knn", what, targets.cpu(), voted.cpu(), test, train)
     return report(args, "knn", result)
 
 

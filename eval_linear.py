@@ -38,6 +38,7 @@ of an epoch is dropped.
 
 Results: top-1 and top-5 of the test set after the last and at the best epoch. The best one is chosen on the images it
 is reported for, as is usual; the last is not. Of multihead, the last is the usual figure.
+Of the best figure, per_class_linear.csv and confusion_linear.png show single classes, and which are taken for which.
 Other data: Places205 (lists, "path label") with --epochs 28 --drops 7,14,21; iNaturalist18 (its .json files as
 --train-list and --val-list) with --epochs 84 --drops 24,48,72; both with --protocol multihead.
 --cached extracts features once, without augmentation, and trains on them: minutes instead of hours, not the protocol.
@@ -65,6 +66,7 @@ from common.args import Parser, fail, positive, toggle
 from common.augment import EvalView, View
 from common.batchnorm import sync_batch_norm
 from common.checkpoint import load_file, load_pretrained, save_file
+from common.classes import by_class
 from common.datasets import open_labelled
 from common.distributed import all_reduce, any_process, gather_uneven, print0, process_mean, rank, world_size
 from common.features import broken_rows, extract, pool_stage, usual_interpolation
@@ -358,6 +360,7 @@ class Probe:
         self.labels = [self.name] if len(shapes) == 1 else [f"{self.name} feat{i + 1}" for i in range(len(shapes))]
         self.chance = math.log(classes)  # the loss of guessing
         self.results, self.loss = [], torch.zeros((), device=device)  # results: [epoch, [[top-1, top-5], ...]]
+        self.seen = self.kept = None  # what `evaluate` saw, and that of the best epoch of each of its classifiers
 
     def learn(self, found, labels, epoch, index):
         """Micro-batch `index` of an epoch. The gradient is that of the mean over the protocol's batch."""
@@ -376,40 +379,58 @@ class Probe:
             self.optimizer.step()
             self.optimizer.zero_grad()
 
+    def record(self, epoch, scores):
+        """Adds the scores [[top-1, top-5], ...] of the test images after an epoch."""
+        better = [all(top1 > s[i][0] for _, s in self.results) for i, (top1, _) in enumerate(scores)]
+        if not self.results:
+            self.kept = self.seen
+        elif self.kept is not None:  # a run saved by an earlier version has none
+            self.kept = torch.where(torch.tensor([False, *better])[:, None], self.seen, self.kept)
+        self.results.append([epoch, scores])
+
     def state(self):
         """All there is to continue from; a collective, since gradients of an unfinished batch differ by process."""
         grads = [None if p.grad is None else process_mean(p.grad) for p in self.parameters]
         state = {"head": self.head.state_dict(), "optimizer": self.optimizer.state_dict()}
-        return state | {"grads": grads, "results": self.results}
+        return state | {"grads": grads, "results": self.results, "kept": self.kept}
 
     def load_state(self, state):
         self.head.load_state_dict(state["head"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.results = [list(row) for row in state["results"]]
+        self.results, self.kept = [list(row) for row in state["results"]], state.get("kept")
         for p, grad in zip(self.parameters, state["grads"], strict=True):
             p.grad = None if grad is None else grad.to(p)
 
 
-def hits(output, labels):
-    """How many outputs (B, classes) are right, and how many have the label among the five largest: (2,)."""
+def largest(output):
+    """The classes of the five largest outputs (B, classes), -1 for those that are not finite: (B, 5), or fewer."""
     score, best = output.topk(min(5, output.shape[1]), dim=1)
-    hit = (best == labels[:, None]) & score.isfinite()  # a classifier that diverged gets nothing right
+    return best.where(score.isfinite(), -1)  # a classifier that diverged gets nothing right
+
+
+def hits(best, labels):
+    """How many of these (B, 5) begin with the label, and how many have it: (2,)."""
+    hit = best == labels[:, None]
     return torch.stack([hit[:, 0].sum(), hit.any(1).sum()])
 
 
 @torch.no_grad()
 def evaluate(source, probes, images):
-    """{probe: [[top-1, top-5] of each of its classifiers]} in percent of all test images."""
+    """{probe: [[top-1, top-5] of each of its classifiers]} in percent of all test images. `seen` of a probe becomes
+    the labels and below them the predictions of each of its classifiers: (1 + classifiers, images)."""
     # a process may have no test image, so that every count needs its zero
     counts = {p: torch.zeros(len(p.labels), 2, dtype=torch.int64, device=p.loss.device) for p in probes}
+    seen = {p: [counts[p].new_zeros(0, 1 + len(p.labels))] for p in probes}
     for p in probes:
         p.head.eval()
     for found, labels in source.test(probes):
         for p in [p for p in probes if (p.views[1], p.protocol.feature) in found]:
-            for i, output in enumerate(p.head(found[p.views[1], p.protocol.feature])):
-                counts[p][i] += hits(output, labels)
+            best = [largest(output) for output in p.head(found[p.views[1], p.protocol.feature])]
+            counts[p] += torch.stack([hits(b, labels) for b in best])
+            seen[p].append(torch.stack([labels, *(b[:, 0] for b in best)], 1))
     for p in probes:
         p.head.train()
+        p.seen = gather_uneven(torch.cat(seen[p])).T.int().cpu()
     return {p: [[100 * n / images for n in pair] for pair in all_reduce(c).tolist()] for p, c in counts.items()}
 
 
@@ -459,7 +480,7 @@ def choose_rate(x, labels, classes, rates, epochs, batch, seed=0):
         head = fit(part, labels[~held], classes, rate, epochs, batch, seed)
         with torch.no_grad():
             output = head(rest)
-            top1 = 100 * hits(output, labels[held])[0].item() / len(rest)
+            top1 = 100 * hits(largest(output), labels[held])[0].item() / len(rest)
             loss = F.cross_entropy(output, labels[held]).nan_to_num(1e9, 1e9).item()  # JSON has no others
         print0(f"{f'small lr {rate:g}':<22}top-1 {top1:.2f}, loss {loss:.4f} of the held-out images")
         found[rate] = {"top1": round(top1, 3), "loss": round(loss, 4)}
@@ -467,7 +488,8 @@ def choose_rate(x, labels, classes, rates, epochs, batch, seed=0):
 
 
 def evaluate_small(args, backbone, meta, data, test, classes, device, amp):
-    """The protocol for small sets: what `results` gives, of its one classifier. Every process does all of it but the
+    """The protocol for small sets: what `results` gives, of its one classifier, and {it: (labels, predictions)} of the
+    test images. Every process does all of it but the
     computation of features."""
     how = {"interpolation": usual_interpolation(backbone), "mean": tuple(meta["mean"]), "std": tuple(meta["std"])}
     view = EvalView(meta["image_size"], **how)
@@ -493,10 +515,12 @@ def evaluate_small(args, backbone, meta, data, test, classes, device, amp):
     x, queries = standardize(x, queries)
     head = fit(x, labels, classes, rate, epochs, batch, args.seed)
     with torch.no_grad():
-        top1, top5 = (round(100 * hit / len(test), 3) for hit in hits(head(queries), targets).tolist())
+        predicted = largest(head(queries))
+        top1, top5 = (round(100 * hit / len(test), 3) for hit in hits(predicted, targets).tolist())
     last = {"epoch": epochs, "top1": top1, "top5": top5}
     recipe |= {"lr": rate, "total_lr": rate * batch / 256, "batch": batch, "epochs": epochs}
-    return {f"small lr {rate:g}": recipe | {"last": last, "best": last}}
+    name = f"small lr {rate:g}"
+    return {name: recipe | {"last": last, "best": last}}, {name: (targets, predicted[:, 0])}
 
 
 # -------------------------------------------------------------------------------------------------- arguments
@@ -606,7 +630,7 @@ def train(args, probes, source, state, images, check, device):
         tested = [p for p in tested if not p.results or p.results[-1][0] < round(now, 4)]
         if tested:
             for p, scores in evaluate(source, tested, images).items():
-                p.results.append([round(now, 4), scores])
+                p.record(round(now, 4), scores)
             line = (f"{p.name} {'/'.join(f'{top1:.2f}' for top1, _ in p.results[-1][1])}" for p in tested)
             print0(f"epoch {now:.4g}/{epochs}  top-1 {'  '.join(line)}")
 
@@ -689,8 +713,8 @@ def summary(heads):
 
 
 def evaluate_protocols(names, before, args, backbone, meta, data, test, classes, device, amp):
-    """The protocols of the table, in one pass: ({classifier: its recipe, last and best result}, is it complete?).
-    before: the fingerprint of the backbone."""
+    """The protocols of the table, in one pass: ({classifier: its recipe, last and best result}, {classifier: (labels,
+    predictions) of its best epoch}, is it complete?). before: the fingerprint of the backbone."""
     probes, micro = make_probes(names, args, backbone, meta, classes, len(data), amp)
     print0(f"batches     {world_size()} processes x {micro // world_size()} images, summed up to those below")
     for p in probes:
@@ -713,7 +737,9 @@ def evaluate_protocols(names, before, args, backbone, meta, data, test, classes,
     known |= {"the backbone": before[:12], "training images": len(data), "test images": len(test), "the batch": micro}
     state = State(make_folder(result_folder(args.pretrained, args.out)) / "linear_last.pt", probes, known)
     complete = train(args, probes, source, state, len(test), lambda: check_frozen(backbone, before), device)
-    return results(probes), complete
+    kept = [p for p in probes if p.kept is not None]
+    seen = {label: (p.kept[0], row) for p in kept for label, row in zip(p.labels, p.kept[1:], strict=True)}
+    return results(probes), seen, complete
 
 
 def main(args):
@@ -735,16 +761,21 @@ def main(args):
             names, why = [own], guess or f"that of {meta['method']}"
         print0(f"protocol    {names[0]}: {why}")
 
-    heads, complete, common = {}, True, (args, backbone, meta, data, test, classes, device, amp)
+    heads, seen, complete, common = {}, {}, True, (args, backbone, meta, data, test, classes, device, amp)
     if papers := [name for name in names if name != "small"]:
-        heads, complete = evaluate_protocols(papers, before, *common)
+        heads, seen, complete = evaluate_protocols(papers, before, *common)
     if "small" in names:
-        heads |= evaluate_small(*common)
+        more = evaluate_small(*common)
+        heads, seen = heads | more[0], seen | more[1]
 
     check_frozen(backbone, before)
     cached = "features of unaugmented images: not the protocol" if args.cached and papers else ""
     result = facts(args, meta, data, test, cached, guess) | {"classes": classes, "seed": args.seed}
     result |= {"complete": complete, "cached": args.cached} | summary(heads)
+    best = result["best"]
+    if best["head"] in seen:
+        what = f"linear, {best['head']}, epoch {best['epoch']:g}, top-1 {best['top1']:.2f} %"
+        result |= by_class(args, "linear", what, *(part.cpu() for part in seen[best["head"]]), test, data)
     return report(args, "linear", result)
 
 

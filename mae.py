@@ -185,7 +185,8 @@ def mae_loss(images, prediction, mask, patch_size, norm_pix=True):
 # --------------------------------------------------------------------------------------------------- training
 @torch.no_grad()
 def reconstruct(model, x, noise, mask_ratio=0.75, norm_pix=True):
-    """Original, visible patches, prediction, prediction around the visible patches: (4, B, C, S, S), normalised as x.
+    """Original, visible patches, predicted patches, both of these: (4, B, C, S, S), normalised as x. Where a panel has
+    no patch it is 0, the mean colour.
 
     norm_pix: the prediction is given back the true mean and standard deviation of each patch, which it does not know.
     """
@@ -194,8 +195,8 @@ def reconstruct(model, x, noise, mask_ratio=0.75, norm_pix=True):
     if norm_pix:
         centre, scale = statistics(patches)
         prediction = prediction * scale + centre
-    visible = patches * (1 - mask)
-    panels = (patches, visible, prediction, visible + prediction * mask)
+    visible, predicted = patches * (1 - mask), prediction * mask
+    panels = (patches, visible, predicted, visible + predicted)
     return torch.stack([unpatchify(p.to(x.dtype), model.backbone.grid, x.shape[1]) for p in panels])
 
 
@@ -215,10 +216,12 @@ def save_pictures(path, model, images, view, mask_ratio, norm_pix, seed, amp):
         panels = reconstruct(model, x, to_device(noise, token.device), mask_ratio, norm_pix)
     headings = ("original", "visible", "reconstruction", "with visible patches")
     visible = int(patches * (1 - mask_ratio))
-    caption = f"{visible} of {patches} patches visible; predictions in their place are untrained."
+    caption = f"{visible} of {patches} patches are visible, the others are predicted; grey: no patch here."
     if norm_pix:
         caption += " Predictions are shown with the true mean and standard deviation of each patch (norm_pix)."
-    save_table(path, shown(panels.transpose(0, 1).flatten(0, 1), view), headings, caption)
+    panels = panels.transpose(0, 1).flatten(0, 1)
+    images = shown(panels, view).masked_fill((panels == 0).all(1, keepdim=True).cpu(), 0.8)
+    save_table(path, images, headings, caption)
 
 
 def visualize(args, run):

@@ -8,7 +8,8 @@
 Written to --out, features/ beside the checkpoint by default; without --tsne and --neighbours, both:
     tsne.png        the plane of t-SNE (van der Maaten and Hinton 2008), a colour per class; tsne.npz: its points
     neighbours.png  some images and those most similar to them (cosine), framed green where the classes are the same
-                    and red where not
+                    and red where not, with file names instead where there are no classes; beside them those that a
+                    random network of the same architecture (seed 0) finds: what training has changed
 With several --features a file each: tsne_feat4.png, tsne_feat5.png.
 
 Images are seen as in the other evaluations: shorter side to 256, central 224 x 224 pixels (images of at most 64 pixels:
@@ -17,12 +18,14 @@ no margin).
 t-SNE runs on the features as they are, after a PCA to 50 dimensions where there are more, from a random start with
 perplexity 30, early exaggeration 12, learning rate 200 and 1000 iterations. It shows at most 2000 images, evenly spaced
 over those of the first 20 classes, and --tsne alone computes only their features. --neighbours searches all images and
-holds their features in memory: 10 GB for ImageNet's training set and 2048 dimensions.
+holds their features in memory: 10 GB for ImageNet's training set and 2048 dimensions; the random network, which
+--no-compare leaves out, takes a second pass over the images.
 """
 
+import common.interrupt  # noqa: F401 (before torch)
+import copy
 import os
 import sys
-import unicodedata
 
 import numpy as np
 import torch
@@ -30,19 +33,25 @@ from PIL import Image, ImageDraw, ImageFont
 
 from common.args import Parser, at_least, fail, positive, toggle
 from common.augment import EvalView
-from common.checkpoint import load_pretrained
+from common.checkpoint import MAKERS, load_pretrained
+from common.classes import class_names
 from common.datasets import Subset, open_split
 from common.distributed import end_processes, is_main, print0
 from common.features import Features, extract, usual_interpolation
 from common.files import atomic, make_folder, result_folder
 from common.images import BadImage, to_tensor
 from common.knn import nearest
+from common.networks import network
 from common.optim import precision
-from common.pictures import rgb
+from common.pictures import rgb, shorten
+from common.resnet import SMALL as SMALL_STEM
+from common.resnet import ResNet, resnet
 from common.run import start_device
+from common.vit import ViT
 
 COLOURS = """#1f77b4 #ff7f0e #2ca02c #d62728 #9467bd #8c564b #e377c2 #17becf #bcbd22 #3b3b3b
 #3c1ea5 #960069 #00f0a5 #005a00 #a5b4ff #d2a596 #5a8778 #78000f #6978ff #877800""".split()
+RANDOM = "random initialisation"
 GREY, GREEN, RED = "#666666", "#1a9641", "#d7191c"
 BIG, TEXT, SMALL = (ImageFont.load_default(size) for size in (26, 18, 15))
 
@@ -61,24 +70,11 @@ def parse_args(argv=None):
     group.add_argument("--neighbours", action=toggle, help="draw neighbours.png (default: both pictures)")
     group.add_argument("--queries", type=positive(int), default=10, help="rows of it")
     group.add_argument("--k", type=positive(int), default=8, help="neighbours in a row")
+    group.add_argument("--compare", action=toggle, default=True, help="with those that a random network finds")
     return parser.parse_args(argv)
 
 
 # --------------------------------------------------------------------------------------------------- features
-def class_names(dataset):
-    """{label: text}, None without labels. Classes that have only numbers, as those of a list file, are called after the
-    folders of their images, if that is one folder for each."""
-    labels, folders = dataset.labels, {}
-    if labels is None:
-        return None
-    if dataset.classes:
-        return {int(c): dataset.classes[c] for c in np.unique(labels)}
-    for i, label in enumerate(labels.tolist()):
-        folders.setdefault(label, set()).add(os.path.basename(os.path.dirname(dataset.path(i))))
-    names = {c: next(iter(found)) for c, found in folders.items() if len(found) == 1}
-    return names if len(set(names.values())) == len(folders) else {c: f"class {c}" for c in folders}
-
-
 def embed(features, perplexity, seed):
     """t-SNE of (n, D): points (n, 2) and the divergence that is left. sklearn's defaults are 1000 iterations, early
     exaggeration 12 and the end after 300 iterations without progress."""
@@ -98,6 +94,24 @@ def same_class(points, labels, k):
     found = KDTree(points).query(points, k=k + 1, return_distance=False)
     own = found == np.arange(len(points))[:, None]
     return ((labels[found] == labels[:, None]) & ~own).sum(1) / k
+
+
+def untrained(backbone, meta, seed=0):
+    """A network of the same architecture with random weights. meta: what its file says, as from `load_pretrained`."""
+    torch.manual_seed(seed)
+    shape = {k: meta[k] for k in ("arch", "width", "image_size", "channels")} | getattr(backbone, "config", {})
+    make = MAKERS.get(meta["arch"].split("_")[0], network)
+    if isinstance(backbone, ResNet):
+        make, shape["input_filter"] = resnet, backbone.input_filter
+        shape["image_size"] = SMALL_STEM if backbone.conv1.kernel_size == (3, 3) else 224
+    if isinstance(backbone, ViT):
+        block = backbone.blocks[0]
+        shape["mlp_ratio"] = (block.mlp.fc1.out_features + 0.5) / backbone.dim
+        shape["layer_scale"] = float(hasattr(block.ls1, "gamma"))
+    fresh = make(**shape)
+    other = copy.deepcopy(backbone)  # with whatever its file has made it do otherwise
+    other.load_state_dict(fresh.state_dict())
+    return other
 
 
 def neighbours(features, queries, k):
@@ -121,28 +135,19 @@ def tile(dataset, i, view, side=112):
     return Image.fromarray(image.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.BICUBIC)
 
 
-def shorten(text, font, width):
-    """Text that fits, in the letters that the font has."""
-    text = unicodedata.normalize("NFKD", text)
-    text = "".join(c if " " <= c <= "~" else "?" for c in text if not unicodedata.combining(c))
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text.rstrip() + "..."
-
-
-def sheet(width, height, margin, title, note):
-    """A white picture with a title and a line below it, and what draws on it."""
+def sheet(width, height, margin, title, notes):
+    """A white picture with a title and lines below it, and what draws on it."""
     canvas = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(canvas)
     draw.text((margin, 20), shorten(title, BIG, width - 2 * margin), "black", BIG)
-    draw.text((margin, 58), shorten(note, TEXT, width - 2 * margin), GREY, TEXT)
+    for row, note in enumerate(notes):
+        draw.text((margin, 58 + 24 * row), shorten(note, TEXT, width - 2 * margin), GREY, TEXT)
     return canvas, draw
 
 
 def draw_tsne(path, points, labels, names, title, note, thumbnail):
-    """points (n, 2), labels (n,) or None, names: {label: text}. Equal scales on both axes, which have no meaning.
+    """points (n, 2), labels (n,) or None, names: {label: text} of all classes. Equal scales on both axes, which have no
+    meaning.
 
     Without labels, images where there is room: thumbnail(i) is the one of point i.
     """
@@ -169,6 +174,7 @@ def draw_tsne(path, points, labels, names, title, note, thumbnail):
             placed.append((x, y))
             plane.paste(thumbnail(i).resize((48, 48), Image.Resampling.LANCZOS), (round(x) - 24, round(y) - 24))
 
+    notes = [note]
     if len(classes) > 1:  # a name where its class is dense and in the majority, if there is room
         draw, taken, label = ImageDraw.Draw(plane), [], ImageFont.load_default(22 if len(classes) <= 10 else 17)
         share = same_class(points, labels, min(40, n - 1))
@@ -187,12 +193,14 @@ def draw_tsne(path, points, labels, names, title, note, thumbnail):
                     taken.append((x, y, width))
                     draw.text((x, y), name, "black", label, stroke_width=4, stroke_fill="white")
                     break
+        where = "names stand where a class is dense and in the majority, if there is room"
+        notes.append(f"{where}: {len(taken)} of {len(classes)} classes")
 
     entries = [(c, shorten(names[c], TEXT, 220), f"{(labels == c).sum():,}") for c in classes]
     counts = max((TEXT.getlength(count) for *_, count in entries), default=0)
     legend = 34 + max((TEXT.getlength(name) for _, name, _ in entries), default=-60) + 24 + counts
-    top, width = 96, int(2 * margin + side + (margin + legend if classes else 0))
-    canvas, draw = sheet(width, top + side + margin, margin, title, note)
+    top, width = 72 + 24 * len(notes), int(2 * margin + side + (margin + legend if classes else 0))
+    canvas, draw = sheet(width, top + side + margin, margin, title, notes)
     canvas.paste(plane, (margin, top))
     left = 2 * margin + side
     for row, (c, name, count) in enumerate(entries):
@@ -202,41 +210,68 @@ def draw_tsne(path, points, labels, names, title, note, thumbnail):
         draw.text((width - margin - TEXT.getlength(count), y - 1), count, GREY, TEXT)
     with atomic(path) as temporary:
         canvas.save(temporary)
-    print0(f"{path}: {n:,} images, {canvas.width} x {canvas.height} pixels")
+    print0(f"{path}: {n:,} images{some_of(classes, names)}, {canvas.width} x {canvas.height} pixels")
+    for note in notes[1:]:
+        print0(f"note        {note}")
 
 
-def draw_neighbours(path, tiles, similarity, index, queries, labels, names, title, note):
-    """A row for each query: its image, then its neighbours'. index, similarity (Q, k); tiles: {index: PIL image}."""
+def some_of(classes, names):
+    """What to say where there are more classes than are shown."""
+    return f" of {len(classes)} of {len(names)} classes" if names and len(classes) < len(names) else ""
+
+
+def draw_neighbours(path, tiles, found, queries, labels, names, title, note):
+    """A row for each query: its image, then its neighbours'. found: {whose: (similarity (Q, k), index (Q, k))}, beside
+    each other; tiles: {index: PIL image}; names: {label: text}, or without labels {index: text}."""
     tile, gap, margin, top = 112, 14, 24, 134
-    caption = 44 if labels is not None else 26
-    step, line = tile + gap, tile + caption + 10
-    left = margin + step + margin
-    width = max(left + index.shape[1] * step - gap + margin, int(BIG.getlength(title)) + 2 * margin + 1)
-    canvas, draw = sheet(width, top + len(queries) * line + 6, margin, title, note)
+    step, line = tile + gap, tile + (44 if labels is not None else 62) + 10
+    k = next(iter(found.values()))[1].shape[1]
+    block = k * step - gap + 2 * margin
+    first = margin + step + margin
+    width = max(first + len(found) * block - margin, int(BIG.getlength(title)) + 2 * margin + 1)
+    canvas, draw = sheet(width, top + len(queries) * line + 6, margin, title, [note])
     draw.text((margin, top - 34), "image", GREY, TEXT)
-    draw.text((left, top - 34), "most similar first; below: cosine", GREY, TEXT)
-    draw.line((left - margin + gap / 2 - 7, top, left - margin + gap / 2 - 7, canvas.height - 20), "#cccccc", 2)
 
     def place(i, x, y, frame, lines):
         if frame:
             draw.rectangle((x - 5, y - 5, x + tile + 4, y + tile + 4), fill=frame)
         canvas.paste(tiles[i], (x, y))
         for row, (words, ink) in enumerate(lines):
-            words = shorten(words, SMALL, tile + gap - 4)
             draw.text((x + (tile - SMALL.getlength(words)) / 2, y + tile + 6 + 18 * row), words, ink, SMALL)
 
+    def name(i, ink="black"):
+        """The class, or the name of the file in two lines, if it needs them."""
+        if labels is not None:
+            return [(shorten(names[int(labels[i])], SMALL, tile + gap - 4), ink)]
+        text = shorten(names[i], SMALL, 1e9)
+        n = max(n for n in range(len(text) + 1) if SMALL.getlength(text[:n]) <= tile + gap - 4)
+        return [(part, ink) for part in (text[:n], shorten(text[n:], SMALL, tile + gap - 4, 8)) if part]
+
     for row, query in enumerate(queries.tolist()):
-        y = top + row * line
-        place(query, margin, y, None, [] if labels is None else [(names[int(labels[query])], "black")])
-        for column, (i, value) in enumerate(zip(index[row].tolist(), similarity[row].tolist(), strict=True)):
-            frame, lines = None, [(f"{value:.3f}", GREY)]
-            if labels is not None:
-                frame = GREEN if labels[i] == labels[query] else RED
-                lines = [(names[int(labels[i])], frame), *lines]
-            place(i, left + column * step, y, frame, lines)
+        place(query, margin, top + row * line, None, name(query))
+    for part, (whose, (similarity, index)) in enumerate(found.items()):
+        left, heading = first + part * block, ""
+        if labels is not None:
+            right = (labels[index] == labels[queries][:, None]).sum()
+            heading = f": {right} of {index.size} of the same class"
+            print0(f"neighbours  {whose}{heading}")
+        draw.text((left, top - 34), shorten(whose + heading, TEXT, block - 2 * margin), GREY, TEXT)
+        draw.line((left - margin, top, left - margin, canvas.height - 20), "#cccccc", 2)
+        for row, query in enumerate(queries.tolist()):
+            for column, (i, value) in enumerate(zip(index[row].tolist(), similarity[row].tolist(), strict=True)):
+                frame = None
+                if labels is not None:
+                    frame = GREEN if labels[i] == labels[query] else RED
+                place(
+                    i,
+                    left + column * step,
+                    top + row * line,
+                    frame,
+                    [*name(i, frame or "black"), (f"{value:.3f}", GREY)],
+                )
     with atomic(path) as temporary:
         canvas.save(temporary)
-    print0(f"{path}: {index.shape[1]} neighbours of {len(queries)} images, {canvas.width} x {canvas.height} pixels")
+    print0(f"{path}: {k} neighbours of {len(queries)} images, {canvas.width} x {canvas.height} pixels")
 
 
 # ------------------------------------------------------------------------------------------------------- main
@@ -266,16 +301,29 @@ def main(args):
     queries = order[((np.arange(rows) + 0.5) * n / rows).astype(np.int64)]
     out = make_folder(args.out or result_folder(args.pretrained) / "features")
 
+    how = (view, device, args.workers, args.batch_size, amp)
+
+    def search(features):
+        """{feature: (similarity, index)} of the neighbours of the queries, of the main process."""
+        parts = zip(model.names, features.split(model.dims, 1), strict=True) if is_main() else ()
+        found = {name: neighbours(x, torch.from_numpy(queries).to(device), args.k) for name, x in parts}
+        return {name: [part.cpu().numpy() for part in pair] for name, pair in found.items()}
+
+    chance = {}
+    if near and args.compare and meta["method"] != "random":
+        other = Features(untrained(backbone, meta), args.features).to(device, dtype, memory_format=torch.channels_last)
+        chance = search(extract(other, dataset, *how)[0])
     images = dataset if near else Subset(dataset, shown)
-    features, _ = extract(model, images, view, device, args.workers, args.batch_size, amp)
+    features, _ = extract(model, images, *how)
     end_processes()
     if not is_main():
         return
     if not features.isfinite().all():
         fail(f"--pretrained {args.pretrained}: some features overflow; try --precision fp32")
-    names, network = class_names(dataset), "random initialisation" if meta["method"] == "random" else meta["method"]
-    network = f"{network}, {meta['arch']}{'' if meta['width'] == 1 else ' x {:g}'.format(meta['width'])}"
-    tiles = {}
+    names, trained = class_names(dataset), meta["method"] != "random"
+    title = f"{meta['method'] if trained else RANDOM}, {meta['arch']}"
+    title += "" if meta["width"] == 1 else f" x {meta['width']:g}"
+    tiles, found = {}, search(features) if near else {}
     for name, x in zip(model.names, features.split(model.dims, 1), strict=True):
         suffix, dim = f"_{name}" if len(model.names) > 1 else "", f"{x.shape[1]:,} dimensions"
         if tsne:
@@ -290,24 +338,23 @@ def main(args):
                 arrays["labels"], among = labels[shown], min(10, len(shown) - 1)
                 share = same_class(points, labels[shown], among).mean()
                 note += f"; {share:.0%} of the {among} nearest points are of the same class"
-            path, title = out / f"tsne{suffix}.png", f"t-SNE of {len(shown):,} images: {network}, {name}"
+            path, classes = out / f"tsne{suffix}.png", () if labels is None else np.unique(labels[shown])
+            text = f"t-SNE of {len(shown):,} images{some_of(classes, names)}: {title}, {name}"
             draw_tsne(
-                path, points, arrays.get("labels"), names, title, note, lambda i: tile(dataset, int(shown[i]), view)
+                path, points, arrays.get("labels"), names, text, note, lambda i: tile(dataset, int(shown[i]), view)
             )
             with atomic(path.with_suffix(".npz")) as temporary:
                 np.savez(temporary, **arrays)
             print0(f"{path.with_suffix('.npz')}: {', '.join(arrays)}")
         if near:
-            found = neighbours(x, torch.from_numpy(queries).to(device), args.k)
-            similarity, index = (part.cpu().numpy() for part in found)
-            for i in {*queries.tolist(), *index.flatten().tolist()} - tiles.keys():
-                tiles[i] = tile(dataset, i, view)
-            note = f"{dim}, images as the network sees them"
-            if labels is not None:
-                right = (labels[index] == labels[queries][:, None]).sum()
-                note = f"{dim}; green: same class ({right} of {index.size}), red: another class"
-            path, title = out / f"neighbours{suffix}.png", f"Nearest of {n:,} images: {network}, {name}"
-            draw_neighbours(path, tiles, similarity, index, queries, labels, names, title, note)
+            panels = {"trained" if trained else RANDOM: found[name]} | ({RANDOM: chance[name]} if chance else {})
+            wanted = {*queries.tolist(), *(i for _, index in panels.values() for i in index.flatten().tolist())}
+            tiles |= {i: tile(dataset, i, view) for i in wanted - tiles.keys()}
+            text = f"Nearest of {n:,} images: {title}, {name}"
+            note = f"{dim}; most similar first; below: cosine"
+            note += "" if labels is None else "; green: same class, red: another class"
+            words = names or {i: os.path.basename(dataset.path(i)) for i in tiles}
+            draw_neighbours(out / f"neighbours{suffix}.png", tiles, panels, queries, labels, words, text, note)
 
 
 if __name__ == "__main__":

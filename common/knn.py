@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 from common.datasets import evenly_spaced
-from common.distributed import all_reduce, print0, rank, world_size
+from common.distributed import all_reduce, gather_uneven, print0, rank, world_size
 from common.features import broken_rows, extract
 from common.log import bar
 from common.optim import upcast
@@ -67,12 +67,13 @@ def _largest(scores, k):
 
 
 @torch.no_grad()
-def knn(train, train_labels, test, test_labels, ks=(20,), temperature=0.07, chunk_bytes=2**28):
+def knn(train, train_labels, test, test_labels, ks=(20,), temperature=0.07, chunk_bytes=2**28, predictions=None):
     """Weighted k-NN (Wu et al. 2018, section 3.4): the k most similar training samples vote exp(cosine / temperature).
 
     train (N, D), test (M, D), labels (N,) and (M,). Returns {k: (top-1, top-5)} in percent. Every process classifies
     its share of the test samples, in chunks of at most chunk_bytes. Of classes with equally many votes the one with
-    the lower number comes first; a class without a vote is no prediction.
+    the lower number comes first; a class without a vote is no prediction. predictions: a dictionary that gets {k: the
+    class (M,) with most votes}, the same on every process.
     """
     classes = int(max(train_labels.max(), test_labels.max())) + 1
     share = slice(len(test) * rank() // world_size(), len(test) * (rank() + 1) // world_size())
@@ -81,7 +82,7 @@ def knn(train, train_labels, test, test_labels, ks=(20,), temperature=0.07, chun
     weights, neighbours = ((similarity - similarity[:, :1]) / temperature).clamp_(min=-69).exp_(), train_labels[index]
     correct = torch.zeros(len(ks), 2, dtype=torch.float64, device=test.device)
     rows = max(1, chunk_bytes // (4 * classes))
-    number = torch.arange(classes, device=test.device)
+    number, first = torch.arange(classes, device=test.device), {k: [] for k in ks}
     parts = [t.split(rows) for t in (weights, neighbours, test_labels[share, None])]
     for weight, neighbour, target in zip(*parts, strict=True):
         for i, k in enumerate(ks):
@@ -91,7 +92,11 @@ def knn(train, train_labels, test, test_labels, ks=(20,), temperature=0.07, chun
             before = ((votes > own) | ((votes == own) & (number < target))).sum(1, keepdim=True)
             correct[i, 0] += ((before == 0) & (own > 0)).sum()
             correct[i, 1] += ((before < 5) & (own > 0)).sum()
+            if predictions is not None:
+                first[k].append(votes.argmax(1))
     correct = all_reduce(correct) * 100 / len(test)
+    if predictions is not None:
+        predictions |= {k: gather_uneven(torch.cat(parts)) for k, parts in first.items()}
     return {k: tuple(row.tolist()) for k, row in zip(ks, correct, strict=True)}
 
 

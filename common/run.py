@@ -120,7 +120,7 @@ class Run:
             self.net.require_backward_grad_sync = i + 1 == self.args.accum  # gradients travel once per step
             batch = next(batches)
             if self.step == 0 and i == 0:
-                save_views(f"{self.args.out}/{self.prefix}views.png", batch)
+                save_views(f"{self.args.out}/{self.prefix}views.png", batch, self.data)
             yield batch
 
     def backward(self, loss, scale=1.0):

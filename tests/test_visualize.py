@@ -8,9 +8,12 @@ import torch
 from PIL import Image
 
 import visualize
+from common.checkpoint import load_backbone
 from common.datasets import Fake
 from common.features import Features
-from tests.helpers import launch, main, refused, write_images
+from common.resnet import resnet
+from common.vit import vit
+from tests.helpers import different, launch, main, refused, train, write_images
 from tests.test_features import NAMES, TINY
 
 
@@ -60,10 +63,73 @@ def test_pictures_of_unlabelled_images(tmp_path):
     run("--data", data, "--out", out, "--queries", 2, "--features", "feat3", "feat5")
     for name in ("feat3", "feat5"):
         assert "labels" not in np.load(out / f"tsne_{name}.npz")
-        assert Image.open(out / f"neighbours_{name}.png").size == (1192, 134 + 2 * (112 + 26 + 10) + 6)
+        assert Image.open(out / f"neighbours_{name}.png").size == (1192, 134 + 2 * (112 + 62 + 10) + 6)
         picture = Image.open(out / f"tsne_{name}.png").convert("RGB")
         assert picture.size == (948, 1020)
         assert len(picture.getcolors(2**20)) > 12 * 100  # thumbnails of photographs, not dots on a plane
+
+
+def test_file_names_stand_where_there_are_no_classes(tmp_path, monkeypatch):
+    """In two lines where they are long, with their end."""
+    written = []
+    monkeypatch.setattr(visualize.ImageDraw.ImageDraw, "text", lambda self, xy, text, *more: written.append(text))
+    names = [f"{i}.png" for i in range(4)] + ["a photograph of something in the garden, 0001.png"]
+    run("--data", write_images(tmp_path / "flat", names), "--out", tmp_path, "--neighbours", "--queries", 5, "--k", 4)
+    assert all(written.count(name) == 1 + 4 for name in names[:4])  # a query, and a neighbour of the four others
+    (first, second) = sorted({text for text in written if text.startswith("a photo") or text.endswith("0001.png")})
+    assert first.startswith("a photograph") and second.endswith("...0001.png") and second[:3] in names[4][len(first) :]
+
+
+def test_neighbours_beside_those_of_a_random_network(classes, tmp_path, capsys):
+    """The left half shows the network of the file, the right one what --pretrained random would show."""
+    data = ["--data", classes, "--queries", 3, "--k", 4, "--neighbours"]
+    train("simsiam", tmp_path / "run", "--max-steps", 3, "--lr", 1)
+    words = ["--pretrained", tmp_path / "run" / "backbone.pt", "--workers", 0, *data]
+    pictures = {}
+    for name, more in {"both": [], "alone": ["--no-compare"]}.items():
+        main("visualize", *words, *more, "--out", tmp_path / name)
+        pictures[name] = np.asarray(Image.open(tmp_path / name / "neighbours.png"))
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("neighbours  ")]
+    run(*data, "--seed", 0, "--out", tmp_path / "random")
+    pictures["random"] = np.asarray(Image.open(tmp_path / "random" / "neighbours.png"))
+    block = 4 * 126 - 14 + 48
+    assert pictures["both"].shape[1] == pictures["alone"].shape[1] + block
+    below = slice(134 - 6, None)  # without titles
+    for name, left in (("alone", 174), ("random", 174 + block)):
+        found = pictures["both"][below, left - 6 :][:, : block - 48 + 12]
+        assert np.array_equal(found, pictures[name][below, 174 - 6 :][:, : block - 48 + 12])
+    assert [line.split(":")[0][12:] for line in said] == ["trained", "random initialisation", "trained"]
+    assert all(line.endswith("of 12 of the same class") for line in said) and said[0] == said[2]
+
+
+@pytest.mark.parametrize("kind", ["resnet", "vit", "filtered", "swin_tiny", "xcit_nano_12", "torchvision:alexnet"])
+def test_random_network_of_the_same_architecture(kind, tmp_path):
+    """Whatever a file says of it; it draws other weights, and the same ones every time."""
+    torch.manual_seed(1)
+    if kind == "vit":
+        more = {
+            "patch_size": 4,
+            "heads": 2,
+            "pool": "mean",
+            "positions": "learned",
+            "mlp_ratio": 2,
+            "layer_scale": 1e-5,
+        }
+        network = vit("vit_tiny", 16, width=0.25, depth=2, **more)
+        meta = {"arch": "vit_tiny", "width": 0.25, "image_size": 16}
+    elif ":" in kind or "_" in kind:
+        network, meta = load_backbone("random", kind, image_size=64 if ":" in kind else 32, seed=1)
+    else:
+        filtered = torch.randn(2, 3, 3, 3) if kind == "filtered" else None
+        network = resnet("resnet18", 0.125, 16, input_filter=filtered)
+        meta = {"arch": "resnet18", "width": 0.125, "image_size": 96}  # seen at another size than it was trained at
+    meta = {"channels": 3, **meta}
+    other, again = visualize.untrained(network, meta).state_dict(), visualize.untrained(network, meta).state_dict()
+    own = network.state_dict()
+    assert not different(other, again) and [v.shape for v in other.values()] == [v.shape for v in own.values()]
+    weights = [k for k, v in own.items() if k.endswith("weight") and v.ndim > 1]
+    assert weights and not any(torch.equal(own[k], other[k]) for k in weights)
+    assert kind != "filtered" or torch.equal(own["input_filter"], other["input_filter"])
 
 
 def test_one_picture_by_two_processes_is_that_of_both_by_one(classes, tmp_path):
@@ -76,7 +142,8 @@ def test_one_picture_by_two_processes_is_that_of_both_by_one(classes, tmp_path):
         assert (tmp_path / flag / files[-1]).read_bytes() == (tmp_path / "both" / files[-1]).read_bytes()
 
 
-def test_at_most_twenty_classes_and_as_many_points_as_asked(tmp_path, monkeypatch):
+def test_at_most_twenty_classes_and_as_many_points_as_asked(tmp_path, monkeypatch, capsys):
+    """The picture and a line say so, and for which classes there is a name."""
     data = Fake(75, 0, 16)
     data.labels, data.classes = np.arange(75) % 25, [f"no. {c}" for c in range(25)]
     monkeypatch.setattr(visualize, "open_split", lambda *_: data)
@@ -85,6 +152,22 @@ def test_at_most_twenty_classes_and_as_many_points_as_asked(tmp_path, monkeypatc
     expected = [i for i in range(75) if i % 25 < 20]
     assert found["indices"].tolist() == [expected[round(59 * j / 29)] for j in range(30)]
     assert found["labels"].max() < 20
+    text = capsys.readouterr().out
+    assert "tsne.png: 30 images of 20 of 25 classes" in text
+    assert "names stand where a class is dense and in the majority, if there is room:" in text
+
+
+def test_names_of_classes_that_are_apart(tmp_path, capsys):
+    """Two that are, of seven; all of a set with fewer classes than colours are shown."""
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(7), 50)
+    points = rng.normal(size=(350, 2)) + np.array([[0, 0], [40, 0]] + 5 * [[0, 40]])[labels]
+    names = {c: f"no. {c}" for c in range(7)}
+    visualize.draw_tsne(tmp_path / "x.png", points, labels, names, "title", "note", None)
+    text = capsys.readouterr().out
+    assert "if there is room: 2 of 7 classes" in text and "x.png: 350 images, " in text
+    assert Image.open(tmp_path / "x.png").height == 120 + 900 + 24
+    assert visualize.some_of([0, 1], names) == " of 2 of 7 classes" and visualize.some_of((), None) == ""
 
 
 # ------------------------------------------------------------------------------------------------- what they show
