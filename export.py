@@ -12,8 +12,8 @@ does, and weights get the names of torchvision (ResNets) or timm (ViTs), those o
 pt2          any network, of any width, stem and channels: a program of torch.export, normalisation included, for images
              in [0, 1] of one size and batches of any size
 onnx         the same for ONNX runtimes (pip install onnx onnxscript)
-torchvision  state dict; a ResNet misses only fc, a ViT only heads
-timm         state dict; a ResNet has torchvision's names there, a ViT the names used here
+torchvision  state dict; a ResNet misses only fc, a ViT only heads, a Swin (of one window size) only head
+timm         state dict; a ResNet has torchvision's names there, a ViT the names used here, Swins and XCiTs its own
 detectron2   ResNets: a pickle of NumPy arrays, as its own converter writes it; to be used with RGB images and
              RESNETS.STRIDE_IN_1X1 False. Batch counters, which it does not know, are left out
 mmdet        ResNets: torchvision's names under state_dict, for init_cfg=dict(type="Pretrained", checkpoint=FILE)
@@ -23,6 +23,7 @@ The last lines printed are the Python that loads the file and computes features.
 --publish adds the first eight digits of the file's SHA-256 to its name, as torch.hub's check_hash expects it.
 """
 
+import common.interrupt  # noqa: F401 (before torch)
 import hashlib
 import importlib.util
 import io
@@ -40,9 +41,12 @@ from common.args import Parser, fail, toggle, width
 from common.checkpoint import build_backbone, find_backbone, load_file
 from common.files import atomic
 from common.formats import write_safetensors
+from common.namings import exported
 from common.networks import Library
 from common.resnet import ResNet
+from common.swin import Swin
 from common.vit import ViT
+from common.xcit import XCiT
 
 # Names of a ViT here -> in torchvision; applied in this order.
 TORCHVISION_VIT = {
@@ -106,8 +110,14 @@ def home(backbone):
 def convert(backbone, meta, target):
     """The object that the other library reads, and the tensors in it by name."""
     weights, is_vit = dict(backbone.state_dict()), isinstance(backbone, ViT)
-    if not isinstance(backbone, (ResNet, ViT)) and target != home(backbone):
+    names = {Swin: ("torchvision", "timm"), XCiT: ("timm",)}.get(type(backbone), ())
+    if not isinstance(backbone, (ResNet, ViT)) and target not in (home(backbone), *names):
         fail(f"--to {target}: there is no {meta['arch']} with these names; --to pt2 writes any network")
+    if names:
+        if target == "torchvision" and len(set(backbone.config["window"])) > 1:
+            fail("--to torchvision: its Swin has windows of one size in all stages; use --to timm")
+        weights = exported(weights, target)
+        return weights, weights
     if target in ("detectron2", "mmdet") and is_vit:
         fail(f"--to {target}: there is no {meta['arch']} with these names; a ViT goes to torchvision or timm")
     if weights.pop("input_filter", None) is not None:
@@ -175,6 +185,8 @@ def network_lines(backbone, meta, target, weights):
             return [f"network = timm.create_model({backbone.name!r}, {options})"]
         build = f"network = torchvision.models.get_model({backbone.name!r}, {options})"
         return [build, f"network.set_submodule({backbone.head!r}, torch.nn.Identity())"]
+    if isinstance(backbone, (Swin, XCiT)):
+        return transformer_lines(backbone, meta, target)
     if isinstance(backbone, ViT):
         size, patch, dim, depth = sides(backbone, meta), backbone.patch_size, backbone.dim, len(backbone.blocks)
         hidden = backbone.blocks[0].mlp.fc1.out_features
@@ -210,6 +222,34 @@ def network_lines(backbone, meta, target, weights):
     if isinstance(backbone.relu, nn.Identity):
         lines += [f"network.{relu} = torch.nn.Identity()"]
     return lines
+
+
+def transformer_lines(backbone, meta, target):
+    """The same for Swins and XCiTs."""
+    config, size, channels = backbone.config, meta["image_size"], meta["channels"]
+    shape = {"img_size": size, "patch_size": config["patch_size"], "in_chans": channels, "num_classes": 0}
+    if isinstance(backbone, XCiT):
+        if config["patch_size"] not in (8, 16) or channels != 3:
+            return []
+        shape |= {"embed_dim": backbone.dim, "depth": config["depth"], "num_heads": config["heads"]}
+        return [f"network = timm.models.Xcit({_words(shape | {'tokens_norm': config['norm_all']})})"]
+    dim, windows = backbone.dim // 2 ** (len(config["depths"]) - 1), [(w, w) for w in config["window"]]
+    known = {"embed_dim": dim, "depths": config["depths"], "num_heads": config["heads"]}
+    norm = f"norm_layer=partial(torch.nn.LayerNorm, eps={config['eps']:g})"
+    lines = ["from functools import partial"]
+    if target == "timm":
+        known |= {"window_size": windows}
+        return [*lines, f"network = timm.models.SwinTransformer({_words(shape | known)}, {norm})"]
+    patch = config["patch_size"]
+    known |= {"patch_size": [patch] * 2, "window_size": list(windows[0])}
+    lines += [f"network = torchvision.models.SwinTransformer({_words(known)}, {norm})"]
+    if channels != 3:
+        lines += [f"network.features[0][0] = torch.nn.Conv2d({channels}, {dim}, {patch}, {patch})"]
+    return [*lines, "network.head = torch.nn.Identity()"]
+
+
+def _words(settings):
+    return ", ".join(f"{k}={v!r}" for k, v in settings.items())
 
 
 def usage(path, backbone, meta, target, weights):

@@ -71,7 +71,10 @@ def merged(weights):
 
 def exported(weights, target):
     """Weights of a Swin or an XCiT under the names of a library: "torchvision" (Swin only) or "timm"."""
-    if target == "torchvision":
+    if target == "torchvision":  # which saves what it can compute, too
+        for name, table in [(n, t) for n, t in weights.items() if n.endswith(".relative_position_bias_table")]:
+            window = (round(len(table) ** 0.5) + 1) // 2
+            weights = weights | {name.replace("bias_table", "index"): swin.pairs(window, table.device)}
         return renamed(weights, TO_TORCHVISION)
     if "cls_token" not in weights:
         return renamed(weights, TO_TIMM)

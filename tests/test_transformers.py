@@ -134,3 +134,36 @@ def test_layers_of_an_xcit_and_its_drop_path():
     assert ids["backbone.pos_embeder.token_projection.weight"] == ids["backbone.patch_embed.proj.0.0.weight"] == 0
     assert ids["backbone.blocks.1.local_mp.bn.weight"] == 2 and ids["backbone.cls_attn_blocks.0.gamma1"] == 3
     assert model.path_factors is module.path_factors and model.draws == 6
+
+
+@pytest.mark.parametrize("name, target", [("swin", "torchvision"), ("swin", "timm"), ("xcit", "timm")])
+def test_weights_for_other_libraries(name, target, tmp_path, capsys):
+    """The printed Python loads them strictly and gives the same features; read back they are what they were."""
+    if target == "timm":
+        pytest.importorskip("timm")
+    torch.manual_seed(0)
+    if name == "swin":
+        network = swin("swin_tiny", 64, 0.25, 4, 2 if target == "torchvision" else 4, (1, 2, 1, 1), eps=1e-6).eval()
+    else:
+        network = xcit("xcit_tiny_12", 64, 0.25, 8, 2).eval()
+    for p in network.parameters():
+        p.data += 0.1 * torch.randn_like(p)
+    meta = {"arch": f"{name}_tiny" + "_12" * (name == "xcit"), "width": 0.25, "image_size": 64, "channels": 3}
+    meta |= {"method": "x", "mean": [0.5] * 3, "std": [0.25] * 3, **network.config}
+    torch.save({"backbone": network.state_dict(), "meta": meta}, tmp_path / "a.pt")
+    main("export", "--pretrained", tmp_path / "a.pt", "--to", target, "--out", tmp_path / "b.pth")
+    lines = capsys.readouterr().out.split("to use it:\n")[1].splitlines()
+    scope = {"images": (images := torch.rand(2, 3, 64, 64))}
+    exec("\n".join(line[4:] for line in lines if line.startswith("    ")), scope)
+    expected = network((images - 0.5) / 0.25)
+    torch.testing.assert_close(scope["features"], expected, atol=1e-5, rtol=1e-5)
+    backbone, _ = load_backbone(tmp_path / "b.pth")
+    torch.testing.assert_close(backbone.eval()((images - 0.5) / 0.25), expected, atol=1e-4, rtol=1e-4)  # but for eps
+
+
+def test_windows_that_torchvision_lacks(tmp_path, capsys):
+    network = swin("swin_tiny", 32, 0.25, 2, 4)  # 16, 8, 4, 2
+    meta = {"arch": "swin_tiny", "width": 0.25, "image_size": 32, "channels": 3, "method": "x"}
+    torch.save({"backbone": network.state_dict(), "meta": meta | network.config}, tmp_path / "a.pt")
+    words = ["--pretrained", tmp_path / "a.pt", "--to", "torchvision", "--out", tmp_path / "b.pth"]
+    assert "windows of one size in all stages; use --to timm" in refused(capsys, main, "export", *words)
