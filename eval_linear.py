@@ -71,7 +71,7 @@ from common.datasets import open_labelled
 from common.distributed import all_reduce, any_process, gather_uneven, print0, process_mean, rank, world_size
 from common.features import broken_rows, extract, pool_stage, usual_interpolation
 from common.files import make_folder, result_folder
-from common.loader import Loader, eval_batches
+from common.loader import Loader, agree_on_undecodable, eval_batches
 from common.log import Stop, bar, facts, report
 from common.optim import LARS, cosine, param_groups, precision, upcast
 from common.run import start_device
@@ -257,6 +257,7 @@ class Live:
         """Yields the same of this process's share of a dataset, seen as a view without random numbers."""
         for x, labels, _ in eval_batches(dataset, view, self.micro, **self.settings):
             yield self.features(view, x, kinds), labels
+        agree_on_undecodable(dataset, self.settings["device"])
 
     def test(self, probes):
         """Yields the same of this process's share of the test images, one view after the other."""
@@ -268,15 +269,18 @@ class Cached:
     """The same batches of features that were computed once, from the views of the test."""
 
     def __init__(self, live, probes):
-        self.steps, self.micro, self.seed, wanted = live.steps, live.micro, live.seed, kinds_of_views(probes, 1)
+        self.micro, self.seed, self.loader, wanted = live.micro, live.seed, None, kinds_of_views(probes, 1)
         found, labels = self._extract(live, live.train, wanted)  # every process draws from all of them
         self.train = {key: [gather_uneven(f) for f in parts] for key, parts in found.items()}, gather_uneven(labels)
+        self.steps = len(self.train[1]) // self.micro
+        for p in probes:  # of the images that can be decoded
+            p.steps = len(self.train[1]) // p.protocol.batch or fail(f"{p.name}: too few images can be decoded")
         for features in (f for parts in self.train[0].values() for f in parts):
             if broken := broken_rows(features.flatten(1), live.train, "training"):
                 fail(broken)
         self.test_set = self._extract(live, live.test_set, wanted)
         size = sum(f.numel() * f.element_size() for parts in self.train[0].values() for f in parts)
-        print0(f"cached      {len(live.train):,} training images, {size / 2**30:.2f} GB of features in each process")
+        print0(f"cached      {len(self.train[1]):,} training images, {size / 2**30:.2f} GB of features in each process")
 
     @staticmethod
     def _extract(live, dataset, wanted):
@@ -415,8 +419,8 @@ def hits(best, labels):
 
 
 @torch.no_grad()
-def evaluate(source, probes, images):
-    """{probe: [[top-1, top-5] of each of its classifiers]} in percent of all test images. `seen` of a probe becomes
+def evaluate(source, probes):
+    """{probe: [[top-1, top-5] of each of its classifiers]} in percent of the test images. `seen` of a probe becomes
     the labels and below them the predictions of each of its classifiers: (1 + classifiers, images)."""
     # a process may have no test image, so that every count needs its zero
     counts = {p: torch.zeros(len(p.labels), 2, dtype=torch.int64, device=p.loss.device) for p in probes}
@@ -431,7 +435,8 @@ def evaluate(source, probes, images):
     for p in probes:
         p.head.train()
         p.seen = gather_uneven(torch.cat(seen[p])).T.int().cpu()
-    return {p: [[100 * n / images for n in pair] for pair in all_reduce(c).tolist()] for p, c in counts.items()}
+    counts = {p: (all_reduce(c).tolist(), p.seen.shape[1]) for p, c in counts.items()}
+    return {p: [[100 * n / images for n in pair] for pair in pairs] for p, (pairs, images) in counts.items()}
 
 
 # ------------------------------------------------------------------------------------------------- small sets
@@ -495,10 +500,11 @@ def evaluate_small(args, backbone, meta, data, test, classes, device, amp):
     view = EvalView(meta["image_size"], **how)
     found = []
     for dataset, which in ((data, "training"), (test, "test")):
-        found += extract(backbone, dataset, view, device, args.workers, MICRO, amp)
+        found += extract(backbone, dataset, view, device, args.workers, MICRO, amp, replace=False)
         if broken := broken_rows(found[-2], dataset, which):
             fail(f"--pretrained {args.pretrained}: {broken}")
-    (x, labels, queries, targets), n, rates = found, len(data), args.lr or RATES
+    (x, labels, queries, targets), rates = found, args.lr or RATES
+    n = len(labels)
     batch = min(args.batch_size or MICRO, n)
     epochs = args.epochs or max(EPOCHS, -(-STEPS // (n // batch)))
     how = f"batch {batch}, {epochs} epochs x {n // batch} steps"
@@ -516,7 +522,7 @@ def evaluate_small(args, backbone, meta, data, test, classes, device, amp):
     head = fit(x, labels, classes, rate, epochs, batch, args.seed)
     with torch.no_grad():
         predicted = largest(head(queries))
-        top1, top5 = (round(100 * hit / len(test), 3) for hit in hits(predicted, targets).tolist())
+        top1, top5 = (round(100 * hit / len(targets), 3) for hit in hits(predicted, targets).tolist())
     last = {"epoch": epochs, "top1": top1, "top5": top5}
     recipe |= {"lr": rate, "total_lr": rate * batch / 256, "batch": batch, "epochs": epochs}
     name = f"small lr {rate:g}"
@@ -618,8 +624,8 @@ class State:
         return state["step"]
 
 
-def train(args, probes, source, state, images, check, device):
-    """Trains and evaluates everything. images: in the test set. check: called after the first epoch. Returns whether
+def train(args, probes, source, state, check, device):
+    """Trains and evaluates everything. check: called after the first epoch. Returns whether
     the run is complete, as it is unless --max-steps cuts it short. A step is one micro-batch of the loader."""
     stop, saved, warned, epochs = Stop(), time.monotonic(), set(), max(p.protocol.epochs for p in probes)
     step, total = state.load() if args.resume else 0, epochs * source.steps
@@ -629,7 +635,7 @@ def train(args, probes, source, state, images, check, device):
         """Of the probes, those without a result of epoch `now`."""
         tested = [p for p in tested if not p.results or p.results[-1][0] < round(now, 4)]
         if tested:
-            for p, scores in evaluate(source, tested, images).items():
+            for p, scores in evaluate(source, tested).items():
                 p.record(round(now, 4), scores)
             line = (f"{p.name} {'/'.join(f'{top1:.2f}' for top1, _ in p.results[-1][1])}" for p in tested)
             print0(f"epoch {now:.4g}/{epochs}  top-1 {'  '.join(line)}")
@@ -736,7 +742,8 @@ def evaluate_protocols(names, before, args, backbone, meta, data, test, classes,
     known = {f"--{k.replace('_', '-')}": v for k, v in known.items()}
     known |= {"the backbone": before[:12], "training images": len(data), "test images": len(test), "the batch": micro}
     state = State(make_folder(result_folder(args.pretrained, args.out)) / "linear_last.pt", probes, known)
-    complete = train(args, probes, source, state, len(test), lambda: check_frozen(backbone, before), device)
+    complete = train(args, probes, source, state, lambda: check_frozen(backbone, before), device)
+    agree_on_undecodable(data, device, source.loader.pool.bad if source.loader else ())
     kept = [p for p in probes if p.kept is not None]
     seen = {label: (p.kept[0], row) for p in kept for label, row in zip(p.labels, p.kept[1:], strict=True)}
     return results(probes), seen, complete

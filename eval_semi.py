@@ -46,7 +46,7 @@ from common.datasets import Subset, open_labelled
 from common.distributed import print0, process_mean, rank, world_size
 from common.files import result_folder
 from common.lists import composed, read_text, split_lines
-from common.loader import eval_batches
+from common.loader import agree_on_undecodable, eval_batches
 from common.log import facts, report
 from common.optim import cosine
 from common.run import Run, start_device
@@ -231,9 +231,9 @@ def schedule(step, total, warmup, name="cosine", final=0.0):
 
 @torch.no_grad()
 def accuracy(model, data, view, workers, amp, batch_size=256):
-    """Top-1 and top-5 in percent. Every image counts once, whatever the number of processes."""
+    """Top-1 and top-5 in percent. Every image that can be decoded counts once, whatever the number of processes."""
     weight = model.head.weight
-    correct = torch.zeros(2, dtype=torch.float64, device=weight.device)
+    correct = torch.zeros(3, dtype=torch.float64, device=weight.device)
     batches = eval_batches(data, view, batch_size, weight.device, workers, weight.dtype)
     steps, hidden = -(-len(data) // batch_size // world_size()), rank() > 0 or not sys.stderr.isatty()
     model.eval()
@@ -242,9 +242,11 @@ def accuracy(model, data, view, workers, amp, batch_size=256):
             logits = model(x)
         score, best = logits.topk(min(5, logits.shape[1]))
         hits = (best == labels[:, None]) & score.isfinite()  # a network that diverged gets nothing right
-        correct += torch.stack([hits[:, 0].sum(), hits.sum()])
+        correct += torch.stack([hits[:, 0].sum(), hits.sum(), hits.new_tensor(len(labels), dtype=torch.int64)])
     model.train()
-    return [round(100 * c * world_size() / len(data), 3) for c in process_mean(correct).tolist()]
+    agree_on_undecodable(data, weight.device)
+    top1, top5, count = process_mean(correct).tolist()
+    return [round(100 * top1 / count, 3), round(100 * top5 / count, 3)]
 
 
 def validate(run, test, view, args):
@@ -306,6 +308,7 @@ def finetune(args, backbone, meta, data, test):
         run.warn("end", f"the loss of the last step is {ratio:.3g} times that of guessing: {cure}")
     history = run.more["history"]
     best = max(history, key=lambda h: h["top1"])
+    agree_on_undecodable(data, run.device, run.loader.pool.bad)
     result = {"lr": args.lr, "head_lr": args.head_lr, **history[-1]}
     return result | {f"best_{k}": best[k] for k in ("top1", "top5", "epoch")}
 

@@ -395,12 +395,15 @@ def main(args):
     workers = args.jobs or max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
     clock = time.perf_counter()
-    parts = []
-    for ids in (train_ids, test_ids):
-        dataset = open_images(root, ids, meta["channels"])
-        parts.append(extract(model, dataset, view, device, args.workers, args.batch_size, amp)[0])
-        if broken := broken_rows(parts[-1], dataset, "trainval" if ids is train_ids else "test"):
+    parts, sets = [], [open_images(root, ids, meta["channels"]) for ids in (train_ids, test_ids)]
+    for dataset, which in zip(sets, ("trainval", "test"), strict=True):
+        parts.append(extract(model, dataset, view, device, args.workers, args.batch_size, amp, replace=False)[0])
+        if broken := broken_rows(parts[-1], dataset, which):
             fail(f"--pretrained {args.pretrained}: {broken}")
+    if any(dataset.undecodable for dataset in sets):
+        train, tested = (np.delete(t, sorted(d.undecodable), 0) for t, d in zip((train, tested), sets, strict=True))
+        classes, train, tested = usable(classes, train, tested)
+        ks = shots(classes, train, ks) if ks else []
     levels = dict(zip(model.names, torch.cat(parts).split(model.dims, 1), strict=True))
     print0(f"features    {', '.join(f'{k} {v.shape[1]:,}' for k, v in levels.items())} ({_since(clock)})")
 
@@ -411,7 +414,7 @@ def main(args):
             return None, (x @ x[: len(train)].T).cpu().numpy()
         return x.cpu().numpy(), None
 
-    result = facts(args, meta, train, tested) | {"chance": round(chance, 3), "seed": args.seed, "costs": args.costs}
+    result = facts(args, meta, *sets) | {"chance": round(chance, 3), "seed": args.seed, "costs": args.costs}
     chosen = list(levels)
     if args.full:
         rows = {}

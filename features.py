@@ -11,10 +11,11 @@ Written to --out, features/ beside the checkpoint by default:
     labels.npy      (N,) int64, where there are labels: the numbers in a list, else those of the names in order
 
 Images are seen as in the other evaluations: shorter side to 256, central 224 x 224 pixels (images of at most 64 pixels:
-no margin). Where one cannot be decoded, a warning names it, and its row holds the features of its neighbour. The rows
+no margin). The row of one that cannot be decoded, which a warning names, is not a number (NaN) in all columns. The rows
 do not depend on the number of processes. visualize.py draws pictures of them.
 """
 
+import common.interrupt  # noqa: F401 (before torch)
 import contextlib
 import shutil
 import sys
@@ -29,7 +30,7 @@ from common.datasets import only_numbers, open_split
 from common.distributed import any_process, barrier, end_processes, is_main, print0
 from common.features import Features, usual_interpolation
 from common.files import atomic, make_folder, result_folder, temporary
-from common.loader import eval_batches, eval_share
+from common.loader import agree_on_undecodable, eval_batches, eval_share
 from common.log import bar
 from common.optim import precision
 from common.run import start_device
@@ -68,10 +69,18 @@ def write_features(files, model, dataset, view, device, args, amp):
             features = model(x).to(storage)
         overflow |= not torch.isfinite(features).all()
         for array, part in zip(arrays, features.cpu().split(model.dims, 1), strict=True):
-            array[rows[0] : rows[-1] + 1] = part.numpy()
+            array[rows.numpy()] = part.numpy()
         progress.update(len(rows))
     progress.close()
+    try:
+        agree_on_undecodable(dataset, device)
+    except SystemExit:  # all of them
+        for file in files:
+            temporary(file).unlink(missing_ok=True)
+        raise
+    missing = sorted(i for i in dataset.undecodable if first <= i < last)
     for array in arrays:
+        array[missing] = np.nan
         array.flush()
     if any_process(overflow, device):  # here every process waits for the others
         for file in files:
@@ -82,6 +91,9 @@ def write_features(files, model, dataset, view, device, args, amp):
         for file, shape in zip(files, shapes, strict=True):
             temporary(file).replace(file)
             print0(f"{file}: {shape[0]:,} x {shape[1]:,}, {kind}")
+        if missing := sorted(dataset.undecodable):
+            rows = ", ".join(map(str, missing[:5])) + (" ..." if len(missing) > 5 else "")
+            print0(f"note: {len(missing):,} rows are NaN, their images cannot be decoded: {rows}")
 
 
 def write_paths(out, dataset):

@@ -9,23 +9,25 @@ stay.
     python simsiam.py --data /fast/imagenet256
 
 --resize makes decoding several times cheaper, but it is not the published input: small crops of a picture are then
-enlarged from fewer pixels, and each picture is compressed twice. Files that cannot be decoded are named and left out.
+enlarged from fewer pixels, and each picture is compressed twice. White is put behind what is transparent. Files that
+cannot be decoded are named and left out.
 """
 
 import collections
+import common.interrupt  # noqa: F401 (before torch)
 import concurrent.futures
 import io
 import sys
 import tarfile
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from common.args import Parser, at_least, fail, positive
 from common.files import atomic
-from common.folders import describe, find_splits, scan_images
-from common.images import EXTENSIONS
+from common.folders import describe, find_splits, note, scan_images
+from common.images import EXTENSIONS, decode, is_deep
 from common.log import bar
 from common.tars import index_of
 
@@ -38,6 +40,7 @@ def parse_args(argv=None):
     parser.add_argument("--resize", type=at_least(0), default=0, help=text)
     parser.add_argument("--quality", type=positive(int, 100), default=90, help="of JPEG, with --resize, up to 100")
     parser.add_argument("--workers", type=positive(int, 1000), default=8, help="threads")
+    parser.add_max_pixels(parser.add_argument)
     args = parser.parse_args(argv)
     if 0 < args.resize < 8:
         parser.error(f"--resize {args.resize} must be 0 or at least 8")
@@ -51,18 +54,19 @@ def encode(path, resize, quality):
         return data, None
     if path.suffix.lower() == ".npy":
         raise ValueError("an array, not a picture: pack without --resize")
-    with Image.open(io.BytesIO(data)) as image:
-        scale = resize / min(image.size)
-        if scale >= 1 and image.format == "JPEG":
-            image.load()  # a file that breaks off is found here, not in the middle of a run
-            return data, None
-        if image.mode.startswith(("I", "F")):
-            raise ValueError("more than 8 bits per channel: pack without --resize")
-        image = ImageOps.exif_transpose(image).convert("RGB")
-        if scale < 1:
-            image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
-        file = io.BytesIO()
-        image.save(file, "JPEG", quality=quality)
+    image = decode(data)  # a file that breaks off is found here, not in the middle of a run
+    scale = resize / min(image.shape[1:])
+    if scale >= 1 and data.startswith(b"\xff\xd8\xff"):
+        return data, None
+    if is_deep(data):
+        raise ValueError("more than 8 bits per channel: pack without --resize")
+    if getattr(image, "several", False):
+        note("of files with several pictures the first is packed")
+    image = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    if scale < 1:
+        image = image.resize([max(1, round(side * scale)) for side in image.size], Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=quality)
     return file.getvalue(), ".jpg"
 
 

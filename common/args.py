@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from common.distributed import is_main, world_size
+from common.images import MAX_PIXELS, limit_pixels
 
 NAMED_SETS = {"digits": 16, "cifar10": 32, "cifar100": 32, "stl10": 96, "fake": 64}  # --data, and its --image-size
 FREE = "may change when a run is resumed"
@@ -114,6 +115,7 @@ class Parser(argparse.ArgumentParser):
         add("--train-list", help="list file of training images, 'relative/path[ label]' per line")
         add("--val-list", help="list file of validation images")
         add("--max-bad", type=at_least(0), default=100, help="stop after this many undecodable images")
+        self.add_max_pixels(add)
         add = self.add_argument_group("images").add_argument
         add("--image-size", type=image_size, help="pixels of a view (default: 224, or what fits a small named set)")
         add("--channels", type=channels, default=3, help="per image; any file converts to 1 or 3")
@@ -149,10 +151,15 @@ class Parser(argparse.ArgumentParser):
         if lists:
             add("--train-list", help="list file of training images, 'relative/path label' per line")
             add("--val-list", help="list file of test images")
+        self.add_max_pixels(add)
         add("--trust-pickle", action=toggle, default=False, help="allow --pretrained to run code while it is read")
         add("--out", help="folder of the results (default: beside the checkpoint, or runs/random)")
         self._add_machine(group)
         return group
+
+    @staticmethod
+    def add_max_pixels(add):
+        add("--max-pixels", type=positive(float), default=MAX_PIXELS, help="million pixels that an image may have")
 
     def _add_machine(self, group):
         add = group.add_argument
@@ -179,6 +186,7 @@ class Parser(argparse.ArgumentParser):
             action.help = action.help or action.dest.replace("_", " ")
         parsed = super().parse_args(args, Arguments())
         parsed.defaults = {action.dest: action.default for action in self._actions}
+        limit_pixels(getattr(parsed, "max_pixels", MAX_PIXELS))
         groups = [group for group in self._action_groups if not getattr(group, "recipe", True)]
         parsed.held = sorted(vars(parsed).keys() - {a.dest for group in groups for a in group._group_actions})
         return parsed

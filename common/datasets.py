@@ -5,7 +5,6 @@ other channels says so in its attribute `channels`; one with `dtype` float32 giv
 """
 
 import collections
-import contextlib
 import math
 import os
 import unicodedata
@@ -18,17 +17,19 @@ from common import rng
 from common.archive import Names, folder_index
 from common.args import NAMED_SETS, fail
 from common.folders import class_labels, data_path, describe, find_splits, left_out, note, scan_images, several
-from common.images import EXTENSIONS, MODES, BadImage, decode, is_deep
+from common.images import EXTENSIONS, MODES, BadImage, decode, survey
 from common.lists import in_folder, read_list
 from common.shards import select
 from common.tars import Archives
 
+WHITE = {}  # of each --data, decided by the part of it that is opened first, the training images
+
 
 class Files:
     """Image files. names: their paths relative to root, an archive.Names or a list, which becomes one. channels: of the
-    tensors, whatever the files have. dtype: float32, set by `open_dataset`, where they hold more than 8 bits."""
+    tensors, whatever the files have. dtype, white: set by `open_dataset`, see `images.survey`."""
 
-    dtype = torch.uint8
+    dtype, white = torch.uint8, 0
 
     def __init__(self, root, names, labels=None, classes=None, channels=3):
         self.root, self.names = os.fsencode(root), Names.of(names) if isinstance(names, list) else names
@@ -48,10 +49,11 @@ class Files:
 
     def __getitem__(self, i):
         try:
-            image = decode(self.read(i), self.channels, self.dtype)
+            image = decode(self.read(i), self.channels, self.dtype, self.white)
         except Exception as error:  # decoders raise a dozen kinds, all of which mean the same to the reader
             reason = "not an image" if isinstance(error, UnidentifiedImageError) else str(error).partition("\n")[0]
-            raise BadImage(f"{self.path(i)}: {type(error).__name__}: {reason}") from None
+            kind = "" if type(error) is ValueError else f"{type(error).__name__}: "  # those are ours, in plain words
+            raise BadImage(f"{self.path(i)}: {kind}{reason}") from None
         return image, -1 if self.labels is None else int(self.labels[i])
 
 
@@ -161,9 +163,10 @@ def open_dataset(data, split, image_list=None, required=True, channels=3):
     dataset = _files(data, split, image_list, required)
     if dataset is not None:
         dataset.channels = channels
-        for i in range(0, len(dataset), -(-len(dataset) // 8)):
-            with contextlib.suppress(Exception):  # a broken file: it is named when it is loaded
-                dataset.dtype = torch.float32 if is_deep(dataset.read(i)) else dataset.dtype
+        survey(dataset)
+        if dataset.white:
+            dataset.white = WHITE.setdefault(str(data), dataset.white)
+            note(f"{data}: {dataset.white} is white in its images of 32 bits or floats, the same in all of them")
         if channels not in MODES or dataset.path(0).lower().endswith(".npy"):  # else any image can be made to fit
             try:
                 dataset[0]

@@ -9,7 +9,7 @@ from torch import nn
 
 from common.args import fail
 from common.distributed import gather_uneven
-from common.loader import eval_batches, eval_share
+from common.loader import agree_on_undecodable, eval_batches, eval_share
 from common.log import bar
 from common.vit import ViT
 
@@ -94,17 +94,20 @@ def broken_rows(features, dataset, which):
     rows = torch.cat(parts).nonzero().flatten().tolist() if parts else []
     if not rows:
         return ""
-    images = ", ".join(str(dataset.path(i)) for i in rows[:3]) + (" ..." if len(rows) > 3 else "")
+    missing = dataset.undecodable if len(features) < len(dataset) else ()
+    there = [i for i in range(len(dataset)) if i not in missing]  # of which each has a row
+    images = ", ".join(str(dataset.path(there[i])) for i in rows[:3]) + (" ..." if len(rows) > 3 else "")
     cause = "its weights are damaged" if len(rows) == len(features) else f"look at these images: {images}"
     many = f"{len(rows):,} of {len(features):,} {which} images"
     return f"the network's features of {many} are not finite; {cause}, or try --precision fp32"
 
 
 @torch.no_grad()
-def extract(backbone, dataset, view, device, workers=4, batch_size=256, amp=None, everywhere=True):
+def extract(backbone, dataset, view, device, workers=4, batch_size=256, amp=None, everywhere=True, replace=True):
     """Features of every sample, in order, on every process: (N, D) float32 and labels (N,) int64, on the device.
 
     everywhere=False: each process keeps the rows of the share that it computes, which follow in rank order.
+    replace: a sample that cannot be decoded gets the row of its neighbour; else none, see `agree_on_undecodable`.
     """
     training = backbone.training
     backbone.eval()
@@ -112,7 +115,7 @@ def extract(backbone, dataset, view, device, workers=4, batch_size=256, amp=None
     first, last = eval_share(len(dataset), batch_size)
     features = torch.empty(last - first, backbone.dim, device=device)
     labels = torch.empty(last - first, dtype=torch.int64, device=device)
-    batches = eval_batches(dataset, view, batch_size, device, workers, dtype)
+    batches = eval_batches(dataset, view, batch_size, device, workers, dtype, replace)
     total, row = -(-(last - first) // batch_size), 0
     for x, y, _ in bar(batches, "features", total):
         with amp or contextlib.nullcontext():
@@ -120,4 +123,7 @@ def extract(backbone, dataset, view, device, workers=4, batch_size=256, amp=None
         labels[row : row + len(x)] = y
         row += len(x)
     backbone.train(training)
+    features, labels = features[:row], labels[:row]
+    if not replace:
+        agree_on_undecodable(dataset, device)
     return (gather_uneven(features), gather_uneven(labels)) if everywhere else (features, labels)

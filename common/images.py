@@ -1,49 +1,81 @@
 """One image: from the bytes of a file to a tensor (C, H, W), whatever the file holds."""
 
+import contextlib
 import functools
 import io
+import math
+import re
+import warnings
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, features
 
-DECODER = "PIL"  # of JPEGs and of 16-bit colour, which PIL reads as 8 bits; PIL reads all other kinds
+from common import deep
+
+DECODER = "PIL"  # of JPEGs; PIL reads all other kinds
 try:
-    from torchvision.io import decode_image as _decode_png
     from torchvision.io import decode_jpeg
 
     DECODER, _decode_jpeg = "torchvision", functools.partial(decode_jpeg, apply_exif_orientation=True)
 except ImportError:  # torchvision means to drop its decoders, in favour of torchcodec's
     try:
         from torchcodec.decoders import decode_jpeg as _decode_jpeg  # which turns images as EXIF says, unasked
-        from torchcodec.decoders import decode_png
 
-        DECODER, _decode_png = "torchcodec", functools.partial(decode_png, output_dtype="auto")
+        DECODER = "torchcodec"
     except (ImportError, RuntimeError):  # not installed, or without the libraries it needs
         pass
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp", ".npy")
+EXTENSIONS = (
+    ".jpg .jpeg .png .bmp .gif .ppm .pgm .tif .tiff .webp .npy .jfif .jpe .pjpeg .mpo .apng .dib .pnm .pbm .pfm"
+)
+EXTENSIONS = (*EXTENSIONS.split(), ".tga", ".pcx", ".qoi", ".sgi")  # pictures that PIL reads, not icons or documents
+EXTENSIONS += (".jp2", ".j2k", ".j2c", ".jpx") if features.check("jpg_2000") else ()
+EXTENSIONS += (".avif", ".avifs") if features.check("avif") else ()
 MODES = {1: "L", 3: "RGB"}  # what any image can be made, by its channels
+MAX_PIXELS = 179  # million of an image: nearly what PIL takes unless told otherwise
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of metadata and sizes, one for each file
 
 
 class BadImage(Exception):
     """An image that cannot be decoded; the text names the file and the reason."""
 
 
+def limit_pixels(millions):
+    """Sets how many pixels an image may have, for all decoders, here and in processes that are forked later."""
+    Image.MAX_IMAGE_PIXELS = round(millions * 500_000)  # PIL refuses twice as many
+
+
+limit_pixels(MAX_PIXELS)
+
+
+def _too_large(pixels):
+    """The text about an image of more pixels than that. A few bytes can claim to be one."""
+    has, limit = math.ceil(pixels / 1e6), 2e-6 * Image.MAX_IMAGE_PIXELS
+    remedy = f"cut it into tiles, shrink it with pack.py (--resize 512 --max-pixels {has}), or --max-pixels {has}"
+    return f"has {has:,} million pixels, the limit is {limit:,g} million: {remedy}"
+
+
 def to_tensor(image, channels=3, dtype=torch.uint8):
-    """Any PIL image -> (channels, H, W), upright (EXIF). 16-bit and float grey is scaled to [0, 255]. Any image becomes
-    grey or RGB; with other numbers of channels it must have as many."""
-    image = ImageOps.exif_transpose(image)
+    """Any PIL image -> (channels, H, W), upright (EXIF). Any image becomes grey or RGB, with white behind what is
+    transparent; with other numbers of channels it must have as many. 65535 is white in integers of more than 8 bits, 1
+    in floats."""
+    image.load()
+    turn = deep.orientation(image)
     if image.mode.startswith("I") or image.mode == "F":  # convert() would clip these at 255
-        array = np.array(image, dtype=np.float32)
-        if image.mode.startswith("I;16") or array.max(initial=0) > 255:
-            array = array / 257
-        elif image.mode == "F" and array.max(initial=0) <= 1:
-            array = array * 255
-    else:
-        image.info.pop("transparency", None)  # changes no colour, and PIL warns of it
-        array = np.array(image.convert(MODES[channels]) if channels in MODES else image)
-    return _fitted(array[..., None] if array.ndim == 2 else array, channels, dtype)
+        pixels = deep.Pixels(np.array(image)[..., None], 1 if image.mode == "F" else 65535, 0, turn)
+        return _fitted(deep.scaled(pixels, channels), channels, dtype)
+    clear = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+    if clear and channels in MODES:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    if channels in MODES:
+        image = image.convert(MODES[channels])
+    elif clear or image.mode == "P":
+        grey = image.mode in ("1", "L", "LA", "La")
+        image = image.convert("LA" if grey else "RGBA" if clear else "RGB")
+    array = np.array(image)
+    array = deep.upright(array[..., None] if array.ndim == 2 else array, turn)
+    return _fitted(np.ascontiguousarray(array), channels, dtype)
 
 
 def _fitted(array, channels, dtype):
@@ -53,31 +85,8 @@ def _fitted(array, channels, dtype):
     if len(image) != channels:
         raise ValueError(f"has {len(image)} channels, expected {channels} (--channels)")
     if not image.is_floating_point():
-        return image
+        return image.to(dtype)
     return (image.round().clamp(0, 255) if dtype == torch.uint8 else image).to(dtype)
-
-
-def _read_array(data, channels):
-    """A NumPy file (H, W), (H, W, C) or (C, H, W) of uint8, uint16 or floats in [0, 1], as `_fitted` takes it."""
-    array = np.load(io.BytesIO(data), allow_pickle=False)
-    shape, fit = array.shape, (channels, 1) if channels == 3 else (channels,)
-    if array.ndim == 2:
-        array = array[..., None]
-    elif array.ndim == 3 and shape[2] not in fit and shape[0] in fit:
-        array = array.transpose(1, 2, 0)
-    if array.ndim != 3 or array.shape[2] not in fit:
-        raise ValueError(f"has the shape {shape}: expected (H, W, C) or (C, H, W) with C = {channels} (--channels)")
-    array = np.ascontiguousarray(array)  # a pixel's values lie side by side, as in decoded images
-    if array.dtype == np.uint8:
-        return array
-    if array.dtype == np.uint16:
-        return array.astype(np.float32) / 257
-    if array.dtype.kind != "f":
-        raise ValueError(f"holds {array.dtype}: expected uint8, uint16, or floats in [0, 1]")
-    low, high = (array.min(), array.max()) if array.size else (0, 0)
-    if not (low >= 0 and high <= 1):  # not a number is neither
-        raise ValueError(f"holds floats from {low:g} to {high:g}: scale all images alike to [0, 1]")
-    return array.astype(np.float32) * 255
 
 
 def _jpeg_pixels(data):
@@ -93,34 +102,68 @@ def _jpeg_pixels(data):
 
 def is_deep(data):
     """Does an encoded image hold more than 8 bits per value?"""
-    if data[:6] == b"\x93NUMPY":
-        return np.load(io.BytesIO(data), allow_pickle=False).dtype != np.uint8
-    if data[:8] == b"\x89PNG\r\n\x1a\n":
-        return data[24] == 16
-    if data[:4] in (b"II*\0", b"MM\0*") or data[:2] == b"P5":
-        with Image.open(io.BytesIO(data)) as image:
-            return image.mode.startswith("I") or image.mode == "F"
-    return False
+    return _is_deep(deep.read(data))
 
 
-def decode(data, channels=3, dtype=torch.uint8):
-    """Encoded bytes -> (channels, H, W) of dtype, or uint8. A picture of more pixels than PIL accepts, which a few
-    bytes can claim to be, is an error before memory is taken."""
-    if data[:6] == b"\x93NUMPY":
-        return _fitted(_read_array(data, channels), channels, dtype)
+def _is_deep(pixels):
+    return pixels is not None and (pixels.values.dtype.itemsize > 1 or pixels.white != 255)
+
+
+def survey(dataset, most=8):
+    """Looks at some images, evenly spaced, of a dataset that reads bytes, and sets what holds for all of them: `dtype`
+    float32 if they have more than 8 bits, and `white`, the number that is white where their type does not tell: the
+    smallest of 1 (of floats), 255 and 65535 that is not exceeded; 0 where it needs no telling."""
+    top, lowest = -math.inf, 255
+    for i in range(0, len(dataset), -(-len(dataset) // most)):
+        try:
+            pixels = deep.read(dataset.read(i), dataset.channels)
+        except Exception:  # a broken file: it is named when it is loaded
+            continue
+        if _is_deep(pixels):
+            dataset.dtype = torch.float32
+        if pixels is not None and not pixels.white:
+            top = max(top, np.nanmax(pixels.values))
+            lowest = 1 if pixels.values.dtype.kind == "f" else lowest
+    fitting = [white for white in (1, 255, 65535) if lowest <= white >= top]
+    dataset.white = (fitting or [65535])[0] if top > -math.inf else 0
+
+
+def decode(data, channels=3, dtype=torch.uint8, white=0):
+    """Encoded bytes -> (channels, H, W) of dtype, or uint8. white: as `survey` sets it. The attribute `several` of the
+    tensor tells that the file holds more pictures. Too large a picture is an error before memory is taken."""
+    try:
+        return _decode(data, channels, dtype, white)
+    except Image.DecompressionBombError as error:
+        raise ValueError(_too_large(int(re.search(r"\d+", str(error))[0]))) from None
+    except Exception:
+        with contextlib.suppress(Exception):  # metadata must not cost an image
+            if plain := deep.without_metadata(data):
+                return _decode(plain, channels, dtype, white)
+        raise
+
+
+def _decode(data, channels, dtype, white):
     jpeg = DECODER != "PIL" and data[:3] == b"\xff\xd8\xff" and channels in MODES
-    if jpeg and _jpeg_pixels(data) <= Image.MAX_IMAGE_PIXELS:
+    if jpeg and _jpeg_pixels(data) <= 2 * Image.MAX_IMAGE_PIXELS:
         try:
             image = _decode_jpeg(_bytes(data), mode="UNCHANGED" if channels == 3 else "GRAY")
             if len(image) in (1, 3):
                 return image.expand(channels, -1, -1)
         except RuntimeError:  # PIL reads some more kinds, and has the better message for the rest
             pass
-    with Image.open(io.BytesIO(data)) as image:  # which checks the size
-        if DECODER != "PIL" and dtype != torch.uint8 and image.format == "PNG" and data[24:26] == b"\x10\x02":
-            array = _decode_png(_bytes(data), mode="UNCHANGED").permute(1, 2, 0).numpy()
-            return _fitted(array / np.float32(257), channels, dtype)
-        return to_tensor(image, channels, dtype)
+    tiff = data.startswith(deep.TIFF)
+    several = tiff and len(deep.tiff_pages(data)) > 1
+    if (pixels := deep.read(data, channels)) is not None:
+        image = _fitted(deep.scaled(pixels, channels, white), channels, dtype)
+    else:
+        plain = tiff and deep.without_metadata(data)  # libtiff writes about the rest to stderr
+        with Image.open(io.BytesIO(plain or data)) as opened:  # which checks the size
+            image = to_tensor(opened, channels, dtype)
+            if opened.format not in ("TIFF", "MPO"):  # photographs with a preview, or a map of depth
+                with contextlib.suppress(Exception):
+                    several = opened.is_animated
+    image.several = several
+    return image
 
 
 def _bytes(data):

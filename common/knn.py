@@ -109,7 +109,8 @@ def knn_monitor(backbone, train, val, view, device, workers, amp):
         print0("note: no k-NN accuracy: the training and the validation images have different classes")
         return {}
     sets = evenly_spaced(train, 10_000), evenly_spaced(val, 2_000)
-    (bank, labels), (queries, targets) = (extract(backbone, s, view, device, workers, amp=amp) for s in sets)
+    how = {"workers": workers, "amp": amp, "replace": False}
+    (bank, labels), (queries, targets) = (extract(backbone, s, view, device, **how) for s in sets)
     if broken := broken_rows(bank, sets[0], "training") or broken_rows(queries, sets[1], "validation"):
         print0(f"note: no k-NN accuracy: {broken}")
         return {}

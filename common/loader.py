@@ -19,10 +19,10 @@ from common import process, rng
 from common.args import fail
 from common.augment import DRAWS, EvalView, augment, to_device
 from common.datasets import evenly_spaced, in_memory
-from common.distributed import print0, rank, world_size
+from common.distributed import gather_uneven, print0, rank, world_size
 from common.images import BadImage, to_tensor
 
-REPORTED = set()  # files whose names have been reported, by whichever loader
+REPORTED = set()  # files that have been reported, by whichever loader; None: one of several pictures
 AHEAD = 2  # batches prepared in advance; with the one in use, three exist at a time
 FEW = 8  # batches for which no process is started
 
@@ -126,20 +126,40 @@ def eval_share(n, batch_size):
     return min(first, n), min(last, n)
 
 
-def eval_batches(dataset, view, batch_size, device, workers=4, dtype=torch.float32):
-    """This process's share (`eval_share`) of a dataset: yields (images (B, C, S, S), labels (B,), indices (B,))."""
+def eval_batches(dataset, view, batch_size, device, workers=4, dtype=torch.float32, replace=False):
+    """This process's share (`eval_share`) of a dataset: yields (images (B, C, S, S), labels (B,), indices (B,)).
+
+    Samples that cannot be decoded are left out, and their indices are added to the set `dataset.undecodable`, unless
+    neighbours are to take their place (replace). After the last batch call `agree_on_undecodable`.
+    """
     indices = np.arange(*eval_share(len(dataset), batch_size))
-    for (crops,), _, labels, part in crop_batches(dataset, view, indices, batch_size, device, workers):
+    bad = 100 if replace else None
+    for (crops,), _, labels, part in crop_batches(dataset, view, indices, batch_size, device, workers, bad):
         yield augment(crops, [], view.mean, view.std, dtype), labels, torch.from_numpy(part)
 
 
+def agree_on_undecodable(dataset, device, bad=()):
+    """Tells every process which samples any process could not decode: the set `dataset.undecodable`, to which those of
+    `bad` are added. Ends the program if these are all. A collective."""
+    own = sorted({*getattr(dataset, "undecodable", ()), *bad})
+    dataset.undecodable = set(gather_uneven(torch.tensor(own, dtype=torch.int64, device=device)).tolist())
+    if len(dataset.undecodable) == len(dataset):
+        fail(f"none of the {len(dataset):,} images can be decoded, the first is {dataset.path(0)}")
+
+
 def crop_batches(dataset, view, indices, batch_size, device="cpu", workers=4, max_bad=100):
-    """The crops of a view without random numbers: yields ([uint8 (B, C, S, S)], sizes, labels, indices)."""
+    """The crops of a view without random numbers: yields ([uint8 (B, C, S, S)], sizes, labels, indices). max_bad None:
+    as in `eval_batches`, samples that cannot be decoded are left out."""
     parts = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
     jobs = ((part, np.zeros((1, len(part), 0))) for part in parts)
     pool = Pool(dataset, (view,), batch_size, device, workers, max_bad, len(parts))
     for crops, sizes, labels, part, _ in pool.run(jobs):
-        yield crops, sizes, labels, part
+        if max_bad is None and pool.bad:
+            kept = [row for row, i in enumerate(part.tolist()) if i not in pool.bad]
+            dataset.undecodable = getattr(dataset, "undecodable", set()) | pool.bad
+            crops, sizes, labels, part = [x[kept] for x in crops], sizes[kept], labels[kept], part[kept]
+        if len(part):
+            yield crops, sizes, labels, part
 
 
 def image_statistics(dataset, size, workers=4, most=1000):
@@ -252,16 +272,23 @@ class Pool:
             self.filler.drop()
 
     def _report(self, index, error):
-        """Names a file that cannot be decoded, once; stops the run after max_bad of them."""
+        """Names a file that cannot be decoded, once; stops the run after max_bad of them. index None: the first file
+        of several pictures is named."""
+        if index is None:
+            if index not in REPORTED:
+                REPORTED.add(index)
+                print(f"note: {error} holds several pictures; the first is used, as of all such files", flush=True)
+            return
         if index in self.bad:
             return
         self.bad.add(index)
-        if len(self.bad) > self.max_bad:
+        if self.max_bad is not None and len(self.bad) > self.max_bad:
             raise TooManyBad(f"more than --max-bad {self.max_bad} images cannot be decoded, the last: {error}")
         if error not in REPORTED:
             REPORTED.add(error)
-            sys.stderr.write(f"warning: cannot decode {error}; its neighbour is used instead\n")
-        if len(self.bad) == len(self.dataset):
+            instead = "it is left out" if self.max_bad is None else "its neighbour is used instead"
+            sys.stderr.write(f"warning: cannot decode {error}; {instead}\n")
+        if self.max_bad is not None and len(self.bad) == len(self.dataset):
             raise TooManyBad("no image can be decoded")
 
 
@@ -271,10 +298,11 @@ class TooManyBad(Exception):
 
 def _fill(slots, dataset, specs, max_bad, number, indices, draws, rows):
     """Decodes and crops the samples of some rows of a batch into a slot; in the place of one that cannot be decoded
-    comes the next one that can. Returns (index, error) of each of the former."""
+    comes the next one that can or, without max_bad, nothing. Returns (index, error) of each of the former, and (None,
+    path) of files with several pictures."""
     slot, bad = slots[number], []
     for row in rows:
-        for offset in range(min(max_bad + 1, len(dataset))):
+        for offset in range(min(max_bad + 1, len(dataset)) if max_bad is not None else 1):
             index = (int(indices[row]) + offset) % len(dataset)
             try:
                 image, label = dataset[index]
@@ -282,7 +310,11 @@ def _fill(slots, dataset, specs, max_bad, number, indices, draws, rows):
             except BadImage as error:
                 bad.append((index, str(error)))
         else:
+            if max_bad is None:
+                continue
             return bad  # too many
+        if getattr(image, "several", False):
+            bad.append((None, dataset.path(index)))
         image = image if isinstance(image, torch.Tensor) else to_tensor(image, getattr(dataset, "channels", 3))
         slot.labels[row] = label
         slot.sizes[row, 0], slot.sizes[row, 1] = image.shape[1:]

@@ -222,10 +222,16 @@ def is_fake(data):
 
 
 def facts(args, meta, train, test, *notes):
-    """What the result of every evaluation begins with. train, test: data sets, or anything else that has a length.
-    notes: what has to be known to read the figures, "" where there is nothing to say."""
+    """What the result of every evaluation begins with. train, test: data sets, or anything else that has a length; the
+    samples in their `undecodable` do not count. notes: what has to be known to read the figures, "" where there is
+    nothing to say."""
     network = {k: meta[k] for k in ("method", "arch", "width", "image_size")}
-    sizes = {"train": len(train), "test": len(test)}
+    sizes = {"train": len(train), "test": len(test), "undecodable": 0}
+    for which, part in (("train", train), ("test", test)):
+        bad = len(getattr(part, "undecodable", ()))
+        notes = (*notes, f"{bad:,} of {len(part):,} {which} images cannot be decoded and do not count" if bad else "")
+        sizes[which] -= bad
+        sizes["undecodable"] += bad
     notes = [note for note in (FAKE if is_fake(args.data) else "", *notes) if note]
     note = {"note": "; ".join(notes)} if notes else {}
     return {"pretrained": str(args.pretrained), "data": args.data} | network | sizes | note

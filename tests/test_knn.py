@@ -213,7 +213,7 @@ def test_raw_pixels_are_the_same_beside_every_network(tmp_path):
 @pytest.mark.parametrize("write, usual", [(write_resnet, "bilinear"), (write_vit, "bicubic")])
 def test_interpolation_is_that_of_the_reference(write, usual, tmp_path, monkeypatch, capsys):
     views, real = [], eval_knn.extract
-    monkeypatch.setattr(eval_knn, "extract", lambda m, d, view, *rest: views.append(view) or real(m, d, view, *rest))
+    monkeypatch.setattr(eval_knn, "extract", lambda m, d, view, *rest, **more: views.append(view) or real(m, d, view, *rest, **more))
     words = ["--pretrained", write(tmp_path / "own.pt"), *RUN]
     result = main("eval_knn", *words)
     assert f"16 px, {usual}, T 0.07" in capsys.readouterr().out and result["interpolation"] == usual
@@ -231,8 +231,8 @@ def test_rows_that_are_not_finite_are_told(tmp_path, monkeypatch, capsys):
     assert "5 of 60 test images are not finite" in text and "fake image 7, fake image 30, fake image 31 ..." in text
     real = eval_knn.extract
 
-    def one(*words):
-        found, labels = real(*words)
+    def one(*words, **more):
+        found, labels = real(*words, **more)
         found[3] = math.nan
         return found, labels
 

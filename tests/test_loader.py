@@ -20,7 +20,7 @@ from common import process, rng
 from common.augment import DRAWS, EvalView, View, WholeView, augment
 from common.crop import crop_resize
 from common.datasets import Arrays, Fake, Files, open_dataset
-from common.loader import Loader, adapt_views, eval_batches, image_statistics
+from common.loader import Loader, adapt_views, agree_on_undecodable, eval_batches, image_statistics
 from tests.helpers import ROOT, deep_png, encode, photo, refused, write_images
 
 VIEW = View(24, jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray_p=0.2, blur_p=0.5, solarize_p=0.2)
@@ -443,9 +443,12 @@ def test_too_many_broken_files_stop_the_run(tmp_path, capsys, workers):
 def test_nothing_but_broken_files(tmp_path, capsys):
     names = [f"{i}.png" for i in range(4)]
     spoil(write_images(tmp_path, names), *names)
+    dataset = open_dataset(tmp_path, "train")
     with pytest.raises(SystemExit) as stop:
-        list(eval_batches(open_dataset(tmp_path, "train"), EvalView(16), 4, "cpu", 2))
+        list(eval_batches(dataset, EvalView(16), 4, "cpu", 2, replace=True))
     assert stop.value.code == 2 and "no image can be decoded" in capsys.readouterr().err.splitlines()[-1]
+    assert list(eval_batches(dataset, EvalView(16), 4, "cpu", 2)) == []
+    assert "none of the 4 images can be decoded" in refused(capsys, agree_on_undecodable, dataset, "cpu")
 
 
 # ------------------------------------------------------------------------------ other channels and bits, statistics
