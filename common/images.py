@@ -51,9 +51,11 @@ limit_pixels(MAX_PIXELS)
 
 def _too_large(pixels):
     """The text about an image of more pixels than that. A few bytes can claim to be one."""
-    has, limit = math.ceil(pixels / 1e6), 2e-6 * Image.MAX_IMAGE_PIXELS
-    remedy = f"cut it into tiles, shrink it with pack.py (--resize 512 --max-pixels {has}), or --max-pixels {has}"
-    return f"has {has:,} million pixels, the limit is {limit:,g} million: {remedy}"
+    millions, limit = pixels / 1e6, 2e-6 * Image.MAX_IMAGE_PIXELS
+    enough = math.ceil(millions)
+    remedy = f"cut it into tiles, shrink it with pack.py (--resize 512 --max-pixels {enough}), or --max-pixels {enough}"
+    has = f"{millions:,.{0 if round(millions) > limit else 2}f}"
+    return f"has {has} million pixels, the limit is {limit:,g} million: {remedy}"
 
 
 def to_tensor(image, channels=3, dtype=torch.uint8):

@@ -218,7 +218,11 @@ def test_negatives_per_positive_are_the_other_classes(monkeypatch, capsys):
 
 def test_features_that_are_not_finite_are_told(devkit, tmp_path, monkeypatch, capsys):
     real = svm.extract
-    monkeypatch.setattr(svm, "extract", lambda *rest: [real(*rest)[0].index_fill_(0, torch.tensor([4]), np.nan)])
+
+    def broken(*rest, **more):
+        return [real(*rest, **more)[0].index_fill_(0, torch.tensor([4]), np.nan)]
+
+    monkeypatch.setattr(svm, "extract", broken)
     error = refused(capsys, run, devkit, tmp_path, *FEW)
     assert "1 of 30 trainval images are not finite" in error and "tr004.jpg" in error
 

@@ -11,7 +11,7 @@ from common import loader
 from common.augment import View
 from common.datasets import in_memory, open_dataset
 from common.log import describe
-from tests.helpers import ROOT, SCRIPTS, command, deep_png, different, main, parsed, records, refused, train
+from tests.helpers import ROOT, SCRIPTS, command, deep_png, different, encode, main, parsed, records, refused, train
 
 
 def folder(path, write, suffix, classes=2, each=8):
@@ -27,6 +27,52 @@ def folder(path, write, suffix, classes=2, each=8):
 def bands(file, number, channels=5, size=(24, 30)):
     values = np.random.default_rng(number).random((*size, channels)) * 0.4
     np.save(file, (values + 0.5 * (number >= 100) * np.linspace(0, 1, channels)).astype(np.float32))
+
+
+# -------------------------------------------------------------------------------------------- one scale, one limit
+def test_training_and_test_images_have_one_white(tmp_path):
+    """Decided by the training images, though those of the test would fit into [0, 1]."""
+    for split, top in (("train", 200), ("val", 0.9)):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "a.tif").write_bytes(
+            encode(np.linspace(0, top, 30, dtype=np.float32).reshape(5, 6), "TIFF")
+        )
+    train_set, val_set = (open_dataset(tmp_path, split) for split in ("train", "val"))
+    assert train_set.white == val_set.white == 255
+    assert val_set[0][0].max().item() == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_large_image_is_named_with_ways_out_or_read(tmp_path, capsys, monkeypatch, workers):
+    """The flag reaches whichever process loads."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 0)  # puts back what it was
+    for i in range(48):
+        Image.new("L", (16, 16)).save(tmp_path / f"{i}.png")
+    Image.new("L", (1500, 1000)).save(tmp_path / "wide.png")
+    words = ["--data", tmp_path, "--workers", workers, "--epochs", 1, "--warmup-epochs", 0, "--batch-size", 7]
+    train("simsiam", tmp_path / "a", *words, "--max-pixels", 1)
+    assert "wide.png: has 2 million pixels, the limit is 1 million: cut it into" in capsys.readouterr().err
+    train("simsiam", tmp_path / "b", *words, "--max-pixels", 1.5)
+    assert "wide.png" not in capsys.readouterr().err
+
+
+def test_packing_sees_images_as_training_does(tmp_path, capsys, monkeypatch):
+    """White behind what is transparent, broken EXIF, the limit of pixels; what has more bits is left out."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 0)
+    (tmp_path / "set").mkdir()
+    Image.new("RGBA", (40, 40), (200, 0, 0, 0)).save(tmp_path / "set/clear.png")
+    Image.new("RGB", (40, 40), (200, 0, 0)).save(tmp_path / "set/exif.png", exif=b"Exif\0\0broken")
+    Image.new("RGB", (1500, 1000)).save(tmp_path / "set/wide.png")
+    (tmp_path / "set/deep.png").write_bytes(deep_png(np.zeros((40, 40, 3), np.uint16)))
+    (tmp_path / "set/notes.txt").write_text("no image")
+    main("pack", tmp_path / "set", "--out", tmp_path / "tars", "--resize", 16, "--max-pixels", 1)
+    out, err = capsys.readouterr()
+    assert "1 left out: .txt 1" in out and "2 images" in out and "2 left out" in out
+    assert "wide.png: has 2 million pixels, the limit is 1 million" in err
+    assert "deep.png: more than 8 bits per channel: pack without --resize" in err
+    packed = open_dataset(tmp_path / "tars", "train")
+    clear, red = (packed[i][0].float().mean((1, 2)) for i in range(2))
+    assert clear.min() > 253 and abs(red[0] - 200) < 3 and red[1] < 3
 
 
 # ----------------------------------------------------------------------------------------------- other channels
