@@ -213,7 +213,9 @@ def test_raw_pixels_are_the_same_beside_every_network(tmp_path):
 @pytest.mark.parametrize("write, usual", [(write_resnet, "bilinear"), (write_vit, "bicubic")])
 def test_interpolation_is_that_of_the_reference(write, usual, tmp_path, monkeypatch, capsys):
     views, real = [], eval_knn.extract
-    monkeypatch.setattr(eval_knn, "extract", lambda m, d, view, *rest, **more: views.append(view) or real(m, d, view, *rest, **more))
+    monkeypatch.setattr(
+        eval_knn, "extract", lambda m, d, view, *rest, **more: views.append(view) or real(m, d, view, *rest, **more)
+    )
     words = ["--pretrained", write(tmp_path / "own.pt"), *RUN]
     result = main("eval_knn", *words)
     assert f"16 px, {usual}, T 0.07" in capsys.readouterr().out and result["interpolation"] == usual
