@@ -27,6 +27,7 @@ the code), and get a 3x3 stem.
 To hack: copy this file. What is Barlow Twins: the sections augmentation, model and loss, and the lines marked in main.
 """
 
+import common.interrupt  # noqa: F401 (before torch)
 import dataclasses
 import sys
 

@@ -31,6 +31,7 @@ cropped to a fifth of their area at least (0.08 in the paper), and get a 3x3 ste
 To hack: copy this file. What is BYOL: the sections augmentation, model and loss, and the lines marked in main.
 """
 
+import common.interrupt  # noqa: F401 (before torch)
 import copy
 import dataclasses
 import math

@@ -28,6 +28,7 @@ by constants of the epoch, not of the batch; images of at most 64 pixels are cro
 To hack: copy this file. What is DeepCluster: the sections augmentation, model and loss, and the lines marked in main.
 """
 
+import common.interrupt  # noqa: F401 (before torch)
 import csv
 import math
 import sys
@@ -140,7 +141,8 @@ class DeepCluster(nn.Module):
 def cluster_sizes(clusters, pca_dim, images, dim):
     """k and the dimensions to cluster in; None becomes the paper's 10000 and 256, or less for smaller sets."""
     if clusters is not None and clusters > images:
-        fail(f"--clusters {clusters} for {images} images: use at most {max(2, images // 10)}, ten images per cluster")
+        remedy = f"use at most {max(2, images // 10)}, ten images per cluster" if images > 1 else "more are needed"
+        fail(f"--clusters {clusters} for {images} images: {remedy}")
     if pca_dim is not None and pca_dim > dim:
         fail(f"--pca-dim {pca_dim} for features with {dim} dimensions: use a number from 1 to {dim}")
     return clusters or max(2, min(10000, images // 100)), pca_dim or max(1, min(256, dim // 4))

@@ -6,6 +6,7 @@ compares the features with raw pixels and with those of a random network, in a t
 Everything lands in runs/demo: the run folder of simclr.py, table.json and demo.png.
 """
 
+import common.interrupt  # noqa: F401 (before torch)
 import json
 import sys
 from pathlib import Path

@@ -25,6 +25,7 @@ start as PyTorch's layers do (MMSelfSup 0.11), not by Kaiming's rule.
 To hack: copy this file. What is DenseCL: the sections model and loss, and the lines marked in main.
 """
 
+import common.interrupt  # noqa: F401 (before torch)
 import copy
 import math
 import sys

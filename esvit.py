@@ -28,6 +28,7 @@ the published ResNet-50 starts from views after 200 epochs at batch 1024.
 To hack: copy this file. What is EsViT: the sections augmentation, model and loss, and the lines marked in main.
 """
 
+import common.interrupt  # noqa: F401 (before torch)
 import copy
 import dataclasses
 import math

@@ -26,6 +26,7 @@ Swins and XCiTs (whose drop path is the same at any depth).
 "best" is chosen on the test images, as is usual; the other figures are those of the last validation.
 """
 
+import common.interrupt  # noqa: F401 (before torch)
 import dataclasses
 import math
 import sys

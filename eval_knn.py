@@ -21,6 +21,7 @@ show single classes, and which are taken for which. Raw pixels are the same for 
 bilinearly, minus ImageNet's mean and divided by its deviation (0.5 and 0.25 unless there are three channels).
 """
 
+import common.interrupt  # noqa: F401 (before torch)
 import sys
 
 import numpy as np

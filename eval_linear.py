@@ -49,6 +49,7 @@ antialiasing; DINO's ViT-L and larger, which it does not have, are read as ViT-B
 """
 
 import argparse
+import common.interrupt  # noqa: F401 (before torch)
 import dataclasses
 import hashlib
 import math
@@ -574,6 +575,8 @@ def make_probes(names, args, backbone, meta, classes, images, amp):
     """All combinations of protocols and learning rates, and the size of the micro-batches."""
     chosen = {n: adapt(n, backbone, args.epochs, args.batch_size, args.drops) for n in names}
     micro, size = micro_batch([p.batch for p in chosen.values()]), meta["image_size"]
+    if micro == 1 and (name := next((n for n, p in chosen.items() if p.norm), None)):
+        fail(f"--protocol {name} has a batch norm, which needs at least 2 images: choose an even --batch-size")
     blank = next(backbone.parameters()).new_zeros(1, meta["channels"], size, size)
     found = features(backbone, blank, {p.feature for p in chosen.values()}, amp)
     if not all(f.isfinite().all() for parts in found.values() for f in parts):

@@ -26,6 +26,7 @@ choice, not published: everything about ViTs, and the multiplier of 100 without 
 validation.
 """
 
+import common.interrupt  # noqa: F401 (before torch)
 import copy
 import math
 import re

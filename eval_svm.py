@@ -34,6 +34,7 @@ pooling to the side floor(sqrt(9216 / channels)), at most that of the map. Every
 may be given the rows in other coordinates (`Triangle`): the decision values are the same.
 """
 
+import common.interrupt  # noqa: F401 (before torch)
 import dataclasses
 import os
 import sys

@@ -23,6 +23,7 @@ The last lines printed are the Python that loads the file and computes features.
 --publish adds the first eight digits of the file's SHA-256 to its name, as torch.hub's check_hash expects it.
 """
 
+import common.interrupt  # noqa: F401 (before torch)
 import hashlib
 import importlib.util
 import io

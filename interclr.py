@@ -20,6 +20,7 @@ the own cluster is no part of the pool, and may be larger than it; all M negativ
 To hack: copy this file. What is InterCLR: the sections model and loss, and the lines marked in main.
 """
 
+import common.interrupt  # noqa: F401 (before torch)
 import copy
 import math
 import sys

@@ -5,7 +5,7 @@ its output, with one learned token in place of every missing patch, and predicts
 L = |prediction - (x - mean(x)) / sqrt(var(x) + 1e-6)|^2 / values per patch, mean over the missing patches.
 
     torchrun --nproc_per_node=8 mae.py --data /imagenet
-    python mae.py --data cifar10 --arch vit_tiny --batch-size 512 --decoder-dim 192 --decoder-depth 4 --decoder-heads 3
+    python mae.py --data cifar10 --arch vit_tiny --batch-size 512
     python mae.py --visualize photo.jpg --pretrained runs/mae/last.pt --out pictures
 
 Published, ImageNet, 1600 epochs, top-1 (official code): fine-tuned ViT-B 83.6, ViT-L 85.9, ViT-H 86.9; linear 67.8,
@@ -14,12 +14,15 @@ command's 800 epochs. Judge MAE by eval_finetune.py: nothing trains the class to
 accuracy stays low where fine-tuning works (lightly's benchmark, ViT-B, 100 epochs: 11.2, fine-tuned 81.3).
 
 Small images (a start, not from the paper): 64 to 256 patches of 4 x 4 pixels or more, so --patch-size 4 at 32 px, 8 at
-64 or 96 px (by default an eighth of at most 128 px, which is 64 patches); the decoder as above; 400 epochs or more.
+64 or 96 px (by default an eighth of at most 128 px, which is 64 patches); 400 epochs or more. The decoder of an encoder
+below ViT-B has, unless told otherwise, the encoder's dimension and heads and a third of its blocks.
 
 Deviations from the official code: the bias of the patch embedding starts at zero; bf16, not fp16, on GPUs.
 To hack: copy this file. What is MAE: the sections augmentation, model and loss, and the lines marked in main.
 """
 
+import common.interrupt  # noqa: F401 (before torch)
+import math
 import sys
 from pathlib import Path
 
@@ -40,7 +43,7 @@ from common.loader import crop_batches
 from common.optim import cosine, param_groups, upcast
 from common.pictures import save_table, shown
 from common.run import Run
-from common.vit import Block, initialise, sincos, vit
+from common.vit import ARCHS, Block, initialise, sincos, vit
 
 
 # -------------------------------------------------------------------------------------------------- arguments
@@ -57,9 +60,9 @@ def parse_args(argv=None):
     )
     group.add_argument("--depth", type=positive(int), help="blocks of the encoder (default: by --arch)")
     group.add_argument("--heads", type=positive(int), help="attention heads of the encoder (default: by --arch)")
-    group.add_argument("--decoder-dim", type=positive(int), default=512)
-    group.add_argument("--decoder-depth", type=positive(int), default=8, help="blocks of the decoder")
-    group.add_argument("--decoder-heads", type=positive(int), default=16)
+    group.add_argument("--decoder-dim", type=positive(int), help="default: 512, or that of an encoder below ViT-B")
+    group.add_argument("--decoder-depth", type=positive(int), help="blocks (default: 8, or a third of the encoder's)")
+    group.add_argument("--decoder-heads", type=positive(int), help="default: 16, or the encoder's")
     group.add_argument("--mask-ratio", type=below_one, default=0.75, help="share of the patches that is removed")
     group.add_argument("--norm-pix", action=toggle, default=True, help="predict pixels normalised within each patch")
     group.add_argument("--epochs", type=positive(int), default=800)
@@ -86,10 +89,29 @@ def parse_args(argv=None):
         parser.error("--visualize and --pretrained go together (training: --data, and --init for weights)")
     if not args.data and not args.visualize:
         parser.error("the following arguments are required: --data")
-    if args.decoder_dim % args.decoder_heads or args.decoder_dim % 4:
-        parser.error(f"--decoder-dim {args.decoder_dim} must be a multiple of 4 and of {args.decoder_heads} heads")
+    shape, given = decoder_shape(args), {"decoder_dim", "decoder_heads"} & args.given
+    for name, value in shape.items():
+        setattr(args, name, value)
+    unit = math.lcm(4, args.decoder_heads)
+    if given and args.decoder_dim % unit:
+        near = max(1, round(args.decoder_dim / unit)) * unit
+        parser.error(
+            f"--decoder-dim {args.decoder_dim} must be a multiple of 4 and of {args.decoder_heads} heads: try {near}"
+        )
     args.image_size = args.image_size or default_size(args.data)
     return args
+
+
+def decoder_shape(args):
+    """The paper's decoder for ViT-B and larger. Smaller encoders (not in the paper) get one of their own dimension and
+    heads, with a third of their blocks. Flags that are given win; heads then divide the dimension."""
+    dim, depth, heads, _ = ARCHS.get(args.arch, ARCHS["vit_base"])
+    dim, depth, heads = round(dim * args.width), args.depth or depth, args.heads or heads
+    small = dim < ARCHS["vit_base"][0]
+    dim = args.decoder_dim or (dim if small else 512)
+    heads = max(n for n in range(1, (heads if small else 16) + 1) if dim % n == 0)
+    depth = args.decoder_depth or (max(1, round(depth / 3)) if small else 8)
+    return {"decoder_dim": dim, "decoder_depth": depth, "decoder_heads": args.decoder_heads or heads}
 
 
 # ----------------------------------------------------------------------------------------------- augmentation
@@ -269,6 +291,9 @@ def main(args):
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=(args.momentum, 0.95))
     chance = (values - 1) / values if args.norm_pix else None
     lines = {"baseline": f"loss {values - 1}/{values} = {chance:.3f}, predicting means"} if chance else {}
+    lines["decoder"] = f"{args.decoder_dim} dimensions, {args.decoder_depth} blocks, {args.decoder_heads} heads"
+    if backbone.dim < 768 and not {"decoder_dim", "decoder_depth", "decoder_heads"} <= args.given:
+        lines["decoder"] += ", scaled with the encoder (the paper's, for ViT-B and larger: 512, 8, 16)"
     lines["tokens"] = f"{visible} of {patches} patches of {backbone.patch_size} px are visible to the encoder"
     rule = f"{args.lr} x {args.batch_size}/256 = {peak:.4g}"
     net = run.start(model, optimizer, chance=chance, lr=rule, **lines)

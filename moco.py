@@ -28,6 +28,7 @@ most 64 pixels are not blurred and get a 3x3 stem.
 To hack: copy this file. What is MoCo: the sections augmentation, model and loss, and the lines marked in main.
 """
 
+import common.interrupt  # noqa: F401 (before torch)
 import copy
 import math
 import sys

@@ -32,6 +32,7 @@ a copy of what was loaded.
 To hack: copy this file. What is MoCo v3: the sections augmentation, model and loss, and the lines marked in main.
 """
 
+import common.interrupt  # noqa: F401 (before torch)
 import copy
 import dataclasses
 import math

@@ -32,6 +32,7 @@ incomplete batch of an epoch is dropped; images of at most 64 pixels get a 3x3 s
 To hack: copy this file. What is NPID: the sections augmentation, model and loss, and the lines marked in main.
 """
 
+import common.interrupt  # noqa: F401 (before torch)
 import math
 import sys
 

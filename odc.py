@@ -28,6 +28,7 @@ cropped to at least a fifth of their area (not 0.08) and get a 3x3 stem.
 To hack: copy this file. What is ODC: the sections augmentation, model and loss, and the lines marked in main.
 """
 
+import common.interrupt  # noqa: F401 (before torch)
 import csv
 import math
 import sys
@@ -204,7 +205,8 @@ def dropout(seed, step, batch, units, p, accum, device):
 def cluster_count(clusters, images, min_cluster):
     """k; None becomes 10000 (MMSelfSup 0.11), 128 images per cluster of ImageNet, or a hundredth of a smaller set."""
     if clusters is not None and clusters > images:
-        fail(f"--clusters {clusters} for {images} images: use at most {max(2, images // 10)}, ten images per cluster")
+        remedy = f"use at most {max(2, images // 10)}, ten images per cluster" if images > 1 else "more are needed"
+        fail(f"--clusters {clusters} for {images} images: {remedy}")
     k = clusters or max(2, min(10000, images // 100))
     if min_cluster * k > images:  # else the largest cluster is never a small one
         fail(f"--min-cluster {min_cluster}: {images} images in {k} clusters need {images // k // 4} or less")

@@ -7,6 +7,7 @@ A run is its folder, of which log.jsonl and the logs of evaluations that train (
 or one such file. A line per run is printed, with the last and the best accuracy. Needs matplotlib.
 """
 
+import common.interrupt  # noqa: F401 (before torch)
 import contextlib
 import json
 import math

@@ -38,6 +38,7 @@ and 5/7 of --epochs whatever their number; images of at most 64 pixels get a 3x3
 To hack: copy this file. What is its own: the sections augmentation, model and loss, and the lines marked in main.
 """
 
+import common.interrupt  # noqa: F401 (before torch)
 import dataclasses
 import math
 import sys
@@ -91,6 +92,8 @@ def parse_args(argv=None):
     args.patch_size = args.patch_size or round(size / 4)
     least = 3 * (args.patch_size + args.gap + 1)
     if least > size:
+        if "patch_size" not in args.given and 3 * (round(least / 4) + args.gap + 1) > least:
+            least = 12 * (args.gap + 1)  # the patch grows with the image
         cells = f"cells of {size // 3} pixels, a third of --image-size {size}"
         remedy = f"--image-size {least} does, as do smaller patches or gaps"
         parser.error(f"--patch-size {args.patch_size} and --gap {args.gap} leave no jitter in {cells}: {remedy}")
@@ -138,15 +141,20 @@ def cut(x, top, left, patch):
 
 
 def save_patches(path, x, top, left, patch, spec, count=4):
-    """PNG: the first images of a batch, each beside its nine patches, where they are in it."""
+    """PNG: the first images of a batch, each beside its nine patches, where they are in it, on blue."""
     if not is_main():
         return
     images = shown(x[:count], spec)
-    parts = torch.ones_like(images)
+    parts = torch.tensor([0.0, 0.4, 1.0]).view(3, 1, 1).expand_as(images).clone()
     for part, image, *starts in zip(parts, images, top[:count].tolist(), left[:count].tolist(), strict=True):
         for i, j in zip(*starts, strict=True):
             part[:, i : i + patch, j : j + patch] = image[:, i : i + patch, j : j + patch]
-    save_table(path, torch.stack([images, parts], 1).flatten(0, 1), ["image", "patches"])
+    save_table(
+        path,
+        torch.stack([images, parts], 1).flatten(0, 1),
+        ["image", "patches"],
+        "y, row by row: 0 1 2, 3 (middle) 4, 5 6 7",
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ model

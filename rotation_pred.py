@@ -24,6 +24,7 @@ to their size) and get a 3x3 stem.
 To hack: copy this file. What is RotNet: the sections augmentation, model and loss, and the lines marked in main.
 """
 
+import common.interrupt  # noqa: F401 (before torch)
 import math
 import sys
 

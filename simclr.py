@@ -24,6 +24,7 @@ pixels are not blurred, are cropped to a fifth of their area at least (0.08 in t
 To hack: copy this file. What is SimCLR: the sections augmentation, model and loss, and the lines marked in main.
 """
 
+import common.interrupt  # noqa: F401 (before torch)
 import math
 import sys
 
@@ -150,7 +151,8 @@ def main(args):
     candidates = 2 * args.batch_size // args.accum - 1
     chance = math.log(candidates)
     baseline = f"loss ln({candidates}) = {chance:.2f}"
-    net = run.start(model, optimizer, chance=chance, lr=f"{rule} = {peak:.4g}", baseline=baseline)
+    lines = {"small batch": "our short runs took --lr 1 --lr-rule sqrt"} if linear and args.batch_size <= 256 else {}
+    net = run.start(model, optimizer, chance=chance, lr=f"{rule} = {peak:.4g}", baseline=baseline, **lines)
 
     for epoch in run.epochs():
         for step, batches in run.steps(epoch):

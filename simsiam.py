@@ -17,6 +17,7 @@ is the paper's); images of at most 64 pixels are not blurred (as in the paper's 
 To hack: copy this file. What is SimSiam: the sections augmentation, model and loss, and the lines marked in main.
 """
 
+import common.interrupt  # noqa: F401 (before torch)
 import sys
 
 import torch

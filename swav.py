@@ -26,6 +26,7 @@ most 64 pixels are not blurred and get a 3x3 stem.
 To hack: copy this file. What is SwAV: the sections augmentation, model and loss, and the lines marked in main.
 """
 
+import common.interrupt  # noqa: F401 (before torch)
 import math
 import sys
 
@@ -222,8 +223,8 @@ def main(args):
     model = run.place(SwAV(backbone, args.dim, args.hidden_dim, prototypes, queue))
     peak = args.lr * (args.batch_size / 256) ** 0.75
     optimizer = LARS(model.parameters(), lr=peak, momentum=args.momentum, weight_decay=args.weight_decay)  # SwAV: all
-    freeze = run.epoch_steps if args.freeze_steps is None else args.freeze_steps
-    queue_start, chance = args.queue_epoch * run.epoch_steps, math.log(prototypes)
+    freeze = min(run.epoch_steps, run.total // 2) if args.freeze_steps is None else args.freeze_steps
+    queue_start, chance = round(args.queue_epoch * run.epoch_steps), math.log(prototypes)
     rule, baseline = f"{args.lr} x ({args.batch_size}/256)^0.75 = {peak:.4g}", f"loss ln({prototypes}) = {chance:.2f}"
     held = f"{prototypes}{'' if args.prototypes or prototypes == 3000 else ' (a tenth of the images)'}, frozen for"
     held += f" {freeze} steps, " + (f"queue {queue} from epoch {args.queue_epoch}" if queue else "no queue")

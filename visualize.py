@@ -22,6 +22,7 @@ holds their features in memory: 10 GB for ImageNet's training set and 2048 dimen
 --no-compare leaves out, takes a second pass over the images.
 """
 
+import common.interrupt  # noqa: F401 (before torch)
 import copy
 import os
 import sys

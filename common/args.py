@@ -5,14 +5,16 @@ A flag belongs to the recipe, and must be the same when a run is resumed, unless
 
 import argparse
 import copy
+import difflib
 import errno
+import functools
 import math
 import sys
 from pathlib import Path
 
 import torch
 
-from common.distributed import is_main, world_size
+from common.distributed import is_main, print0, world_size
 from common.images import MAX_PIXELS, limit_pixels
 
 NAMED_SETS = {"digits": 16, "cifar10": 32, "cifar100": 32, "stl10": 96, "fake": 64}  # --data, and its --image-size
@@ -27,15 +29,22 @@ def fail(message, code=2):
     raise SystemExit(code)
 
 
-def _explain(kind, error, trace):
-    """The hook for errors that nobody caught: those that a user can mend become one line, others stay as they are."""
+def _explain(kind, error, trace, flags=("--batch-size", "--accum", "--resume")):
+    """The hook for errors that nobody caught: those that a user can mend become one line, others stay as they are.
+    flags: of the script."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error):
-        remedy = "lower --batch-size, or raise --accum, which keeps the batch but takes it in smaller parts"
+        remedies = {
+            "--batch-size": "lower --batch-size",
+            "--accum": "raise --accum, which keeps the batch but takes it in smaller parts",
+            "--image-size": "take a smaller --image-size",
+        }
+        remedy = ", or ".join(text for flag, text in remedies.items() if flag in flags) or "free some"
         print(f"error: out of memory: {remedy}", file=sys.stderr, flush=True)
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
         print(f"error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr, flush=True)
     elif isinstance(error, KeyboardInterrupt):
-        print("interrupted; what was saved last is in --out", file=sys.stderr, flush=True)
+        saved = "; what was saved last is in --out" if "--resume" in flags else ""
+        print(f"interrupted{saved}", file=sys.stderr, flush=True)
     else:
         sys.__excepthook__(kind, error, trace)
 
@@ -81,9 +90,10 @@ width, image_size, channels = positive(float, 64), at_least(8, high=10_000), pos
 
 # ----------------------------------------------------------------------------------------------------- parser
 class Arguments(argparse.Namespace):
-    """The values of all flags. held: names of those that must agree when a run is resumed. defaults: by name."""
+    """The values of all flags. held: names of those that must agree when a run is resumed. defaults: by name. given:
+    names of those that the command line has. script: name of the file that trains, "" of an evaluation."""
 
-    __slots__ = ("defaults", "held")  # which vars() does not list
+    __slots__ = ("defaults", "given", "held", "script")  # which vars() does not list
 
     def replace(self, **changes):
         """A copy with other values."""
@@ -101,7 +111,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, doc, **kwargs):
         super().__init__(description=doc, formatter_class=_HelpFormatter, allow_abbrev=False, **kwargs)
-        sys.excepthook = _explain
+        self.script = ""
+        sys.excepthook = functools.partial(_explain, flags=self._option_string_actions)
 
     def add_argument_group(self, title, recipe=True):
         group = super().add_argument_group(title, None if recipe else FREE)
@@ -110,6 +121,7 @@ class Parser(argparse.ArgumentParser):
 
     def add_common(self, script, data=True):
         """What every pre-training script takes. script: its __file__. data: is --data required?"""
+        self.script = Path(script).name
         add = self.add_argument_group("data", recipe=False).add_argument
         add("--data", required=data, help=f"folder or .tar of images, or {', '.join(NAMED_SETS)}")
         add("--train-list", help="list file of training images, 'relative/path[ label]' per line")
@@ -185,14 +197,31 @@ class Parser(argparse.ArgumentParser):
         for action in self._actions:
             action.help = action.help or action.dest.replace("_", " ")
         parsed = super().parse_args(args, Arguments())
-        parsed.defaults = {action.dest: action.default for action in self._actions}
+        parsed.defaults, parsed.script = {action.dest: action.default for action in self._actions}, self.script
+        for action in self._actions:
+            action.default = argparse.SUPPRESS
+        parsed.given = set(vars(super().parse_args(args)))
+        for action in self._actions:
+            action.default = parsed.defaults[action.dest]
         limit_pixels(getattr(parsed, "max_pixels", MAX_PIXELS))
         groups = [group for group in self._action_groups if not getattr(group, "recipe", True)]
         parsed.held = sorted(vars(parsed).keys() - {a.dest for group in groups for a in group._group_actions})
         return parsed
 
     def error(self, message):
+        _, unknown, words = message.partition("unrecognized arguments: ")
+        first, near = (words.split() or [""])[0], self._nearest(words)
+        message = f"{first} is unknown: did you mean {near}?" if unknown and near else message
         fail(f"{message} (try: python {self.prog} --help)")
+
+    def _nearest(self, words):
+        """The flag that the first of some unknown words may have meant: by its letters or, if short, its initials."""
+        flags = [flag for flag in self._option_string_actions if flag.startswith("--")]
+        plain = {"".join(part[0] for part in flag[2:].split("-")): flag for flag in reversed(flags) if "-" in flag[2:]}
+        plain |= {flag[2:].replace("-", ""): flag for flag in flags}
+        name = words.split("=")[0].split()[0] if words.strip("= ") else ""
+        name = name.lower().strip("-_\u2010\u2011\u2012\u2013\u2014\u2015\u2212").replace("-", "").replace("_", "")
+        return plain.get(next(iter(difflib.get_close_matches(name, plain, 1, 0.7)), ""), "")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -211,11 +240,27 @@ def default_size(data):
 
 
 def check_schedule(args):
-    """Refuses batches that cannot be shared out, and a warm-up that never ends."""
+    """Refuses batches that cannot be shared out, and a warm-up that never ends. Defaults that are numbers of epochs and
+    would take more than half of a short run become a tenth of it."""
+    for name, value in args.defaults.items():
+        value = getattr(args, name) if name.endswith(("_epoch", "_epochs")) and name not in args.given else 0
+        if value and 2 * value > args.epochs:
+            setattr(args, name, args.epochs / 10)
+            flag, now = f"--{name.replace('_', '-')}", f"{args.epochs / 10:g} of --epochs {args.epochs}"
+            print0(f"note        the default {flag} {value} is for longer runs: here it is {now}")
     if args.warmup_epochs and args.warmup_epochs >= args.epochs:
         remedy = f"try --warmup-epochs {args.epochs // 10}"
         fail(f"--warmup-epochs {args.warmup_epochs} must be smaller than --epochs {args.epochs}: {remedy}")
     parts = world_size() * args.accum
     if args.batch_size % parts:
-        by = f"{world_size()} processes x --accum {args.accum}: try {max(1, round(args.batch_size / parts)) * parts}"
-        fail(f"--batch-size {args.batch_size} is not divisible by {by}")
+        by, near = f"{world_size()} processes x --accum {args.accum}", fitting_batch(args.batch_size, parts)
+        fail(f"--batch-size {args.batch_size} is not divisible by {by}: try {near}")
+
+
+def fitting_batch(near, parts, most=math.inf):
+    """The batch nearest to `near` that `parts` share in equal parts of at least two images (which is what batch norm
+    needs), of at most so many images; 0 if there is none."""
+    fitting = max(2, round(min(near, most) / parts)) * parts
+    while fitting > most:
+        fitting -= parts
+    return fitting if fitting >= 2 * parts else 0

@@ -40,14 +40,25 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         return out.to(x.dtype)
 
 
-def sync_batch_norm(model):
-    """Makes every batch norm of `model` use the statistics of the global batch."""
+def sync_batch_norm(model, images=0, sync=True):
+    """Makes every batch norm of `model` use the statistics of the global batch, if `sync`. Ends the program where a
+    batch norm would see one image. images: per micro-batch of this process (0: enough)."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if norms and images * (world_size() if sync else 1) == 1:
+        refuse_single_images()
+    if not sync:
+        return model
     if world_size() > 1 and next(model.parameters()).is_cuda:
         return convert(model)
     for module in model.modules() if world_size() > 1 else ():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.__class__ = SyncBatchNorm
     return model
+
+
+def refuse_single_images():
+    least = f"--batch-size {2 * world_size()} times --accum, or more"
+    fail(f"batch norm needs at least 2 images per micro-batch, and would get 1: {least}")
 
 
 def convert(model):
@@ -77,9 +88,11 @@ class SplitBatchNorm(nn.BatchNorm2d):
 def batch_norm_groups(asked, batch):
     """Groups of the batch of all processes: as asked for, else 8 or the next smaller number that is possible."""
     possible = [n for n in range(world_size(), batch // 2 + 1, world_size()) if batch % n == 0]
+    if not possible:
+        refuse_single_images()
     if asked is not None and asked not in possible:
         fail(f"--bn-splits {asked}: {batch} images on {world_size()} processes form groups of equal size by {possible}")
-    return asked or max([n for n in possible if n <= 8], default=world_size())
+    return asked or max([n for n in possible if n <= 8], default=possible[0])
 
 
 def split_batch_norm(model, splits):

@@ -77,14 +77,16 @@ def run_state(args, step, images, model, optimizer, scaler):
     """What `resume` needs. images: their number in the data set."""
     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
     recipe = {k: v for k, v in args.plain().items() if k in args.held}
-    return state | {"format": FORMAT, "step": step, "images": images, "args": args.plain(), "recipe": recipe}
+    state |= {"format": FORMAT, "script": args.script, "step": step, "images": images}
+    return state | {"args": args.plain(), "recipe": recipe}
 
 
 def resume(args, images, model, optimizer, scaler, name="last.pt"):
     """Continues from `<out>/<name>` if it is there and its recipe agrees. Returns its dictionary, or None at a start.
 
-    A damaged file is replaced by the one saved before it. Ends the program if that does not help either, or with the
-    list of differences when the recipe or the number of images differs: nothing starts again from zero in silence.
+    A damaged file is replaced by the one saved before it. Ends the program if that does not help either, if the run is
+    one of another script, or with the list of differences when the recipe or the number of images differs: nothing
+    starts again from zero in silence.
     """
     path = make_folder(args.out) / name
     barrier()
@@ -106,12 +108,18 @@ def resume(args, images, model, optimizer, scaler, name="last.pt"):
         fail(f"--out {args.out}: {name} is not the state of a run; {remedy}")
     if state.get("format") != FORMAT:
         fail(f"{path} was written by another version of these scripts, which cannot be continued: {remedy}")
+    if (owner := state.get("script", args.script)) != args.script:
+        fail(f"--out {args.out} belongs to {owner}, this is {args.script}: choose another --out")
     was, now = state["recipe"], {k: v for k, v in args.plain().items() if k in args.held}
     changed = [k for k in sorted(was.keys() | now.keys()) if was.get(k) != now.get(k)]
     differences = [f"--{k.replace('_', '-')} was {was.get(k)}, is {now.get(k)}" for k in changed]
     if state["images"] != images:
         differences.append(f"the data set had {state['images']} images, has {images}")
     if differences:
+        prefix, both = state.get("backbone_prefix", ""), (model.state_dict(), state["model"])
+        own, there = ({k: v.shape for k, v in tensors.items() if k.startswith(prefix)} for tensors in both)
+        if prefix and own == there:
+            remedy += f"; to go on from its weights with a new schedule: --out NEW --init {path}"
         fail(f"{path} is another recipe ({'; '.join(differences)}): {remedy}")
     if (accum := state["args"].get("accum")) != args.accum:
         print0(f"note        --accum was {accum}, is {args.accum}: batch norm now sees batches of another size")

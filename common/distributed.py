@@ -34,18 +34,36 @@ def init_processes(device="auto"):
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
-    try:
-        torch.empty(0, device=own)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        print0(f"error: --device {device} cannot be used here: {reason}", file=sys.stderr)
-        raise SystemExit(2) from None
+    if problem := _unusable(device, own):
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine: another one may have the device
+            print(f"error: --device {device} {problem}", file=sys.stderr, flush=True)
+        raise SystemExit(2)
     device = torch.device(own)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
+
+
+def _unusable(device, own):
+    """Why this process cannot use a device, and what to do; "" if it can. own: the device with its number."""
+    gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    names = ["cpu", *["cuda"][:gpus], *(f"cuda:{i}" for i in range(gpus if gpus > 1 else 0))]
+    names += [name for name in ("mps", "xpu") if hasattr(torch, name) and getattr(torch, name).is_available()]
+    remedy = f"choose auto, {', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else "choose auto or cpu"
+    try:
+        kind = torch.device(own).type
+    except RuntimeError:
+        return f"is no device: {remedy}"
+    if device == "cuda" and 0 < gpus < local:
+        return f"has {gpus} GPUs here for {local} processes: --nproc_per_node={gpus}, or --device cpu"
+    try:
+        torch.empty(0, device=own).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError):  # the last one: "meta" has no numbers
+        built = kind == "cuda" and torch.version.cuda is None and torch.version.hip is None
+        return f"cannot be used here{', this torch is built without it' if built else ''}: {remedy}"
+    return ""
 
 
 def end_processes():
@@ -137,7 +155,7 @@ def gather_uneven(rows):
     sizes = gather(torch.tensor([len(rows)], device=rows.device)).tolist()
     padded = rows.new_zeros(max(sizes), *rows.shape[1:])
     padded[: len(rows)] = rows
-    parts = gather(padded).split(max(sizes))
+    parts = gather(padded).chunk(len(sizes))  # split(0) would give one part where nobody has rows
     return torch.cat([part[:n] for part, n in zip(parts, sizes, strict=True)])
 
 

@@ -116,7 +116,8 @@ def _inspect(features):
     # A sum is NaN or infinite as soon as one of its terms is, and reads the features only once.
     total = sum(features[rows].sum(dtype=dtype) for rows in _chunks(features, features.shape[1], dtype))
     if any_process(not torch.as_tensor(total).isfinite(), features.device):
-        fail("features contain NaN or infinite values, so they cannot be clustered: try a lower --lr")
+        cause = "the images or the weights of --init hold such values, or the run has diverged (lower --lr)"
+        fail(f"features contain NaN or infinite values, so they cannot be clustered: {cause}")
     return sizes, dtype, wide
 
 

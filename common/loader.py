@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from common import process, rng
-from common.args import fail
+from common.args import fail, fitting_batch
 from common.augment import DRAWS, EvalView, augment, to_device
 from common.datasets import evenly_spaced, in_memory
 from common.distributed import gather_uneven, print0, rank, world_size
@@ -84,8 +84,13 @@ class Loader:
         self, dataset, specs, batch_size, seed=0, device="cpu", workers=4, accum=1, max_bad=100, dtype=None, streams=()
     ):
         if batch_size > len(dataset):
-            smaller = 2 ** max(0, (len(dataset) // 8).bit_length() - 1)
-            fail(f"--batch-size {batch_size} is larger than the data set ({len(dataset)} images): try {smaller}")
+            parts = world_size() * accum
+            few = max(len(dataset) // 8, min(len(dataset) // 2, 16))  # some steps per epoch
+            smaller = fitting_batch(2 ** max(1, few.bit_length() - 1), parts, len(dataset))
+            remedy = (
+                f"try {smaller}" if smaller else f"{world_size()} processes x --accum {accum} need {2 * parts} or more"
+            )
+            fail(f"--batch-size {batch_size} is larger than the data set ({len(dataset)} images): {remedy}")
         self.dataset, self.specs, self.seed, self.accum = dataset, tuple(specs), seed, accum
         self.batch_size, self.local = batch_size, batch_size // (world_size() * accum)
         self.epoch_steps, self.streams = len(dataset) // batch_size, streams or range(len(self.specs))

@@ -56,6 +56,16 @@ class Stop:
         raise SystemExit(self.CODE)
 
 
+def cores():
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def loading_threads(args):
+    """Loading threads of all processes on this machine."""
+    return args.workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def _git_commit():
     command, here = ["git", "describe", "--always", "--dirty", "--abbrev=12"], Path(__file__).resolve().parent
     with contextlib.suppress(OSError, subprocess.SubprocessError):
@@ -72,7 +82,7 @@ class Logger:
 
     def __init__(self, args, loader, total, start, chance=None, name="log"):
         self.args, self.loader, self.total, self.chance = args, loader, total, chance
-        self.last = min(total, args.max_steps) if args.max_steps else total
+        self.last, self.start = min(total, args.max_steps) if args.max_steps else total, start
         self.recent, self.warned, self.stop, self.bar = [], set(), Stop(), None
         self._mark(start)
         if not is_main():
@@ -87,7 +97,8 @@ class Logger:
             temporary.write_text("".join(line + "\n" for line in kept))
         script, *words = sys.argv
         if script.endswith(".py") and Path(script).exists():
-            shutil.copy(script, args.out)
+            with contextlib.suppress(shutil.SameFileError):  # the copy itself was started
+                shutil.copy(script, args.out)
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         versions |= {"torchvision": torchvision.__version__}
         origin = {"command": " ".join([Path(script).name, *words]), "args": args.plain(), "versions": versions}
@@ -141,11 +152,8 @@ class Logger:
         Stops the run, with code 1, when the loss is not finite: nothing has been saved since the last good step.
         """
         if not math.isfinite(loss):
-            where = (
-                f"at step {step} (lr {lr:.3g}; last losses: {', '.join(map('{:.4g}'.format, self.recent)) or 'none'})"
-            )
-            remedy = f"is in {self.args.out}/last.pt if it was saved: lower --lr, or try --precision fp32"
-            fail(f"loss is {loss} {where}. The last good state {remedy}", code=1)
+            before = ", ".join(map("{:.4g}".format, self.recent)) or "none"
+            fail(f"loss is {loss} at step {step} (lr {lr:.3g}; last losses: {before}). {self._cure(step)}", code=1)
         self.recent = [*self.recent[-4:], loss]
         seconds = max(time.perf_counter() - self.clock, 1e-9)
         speed = (step - self.step) * self.args.batch_size / seconds
@@ -177,12 +185,27 @@ class Logger:
                 self.warn("chance", f"{text}: lower --head-lr, or --lr")
             self.warn("chance", f"{text}: look at views.png {cure}")
         if wait > 0.2 and step > 20:
-            cure = f"raise --workers (now {self.args.workers}), move the images to a faster disk, or store them smaller"
+            more = f"raise --workers (now {self.args.workers}), " if loading_threads(self.args) < cores() else ""
+            cure = f"{more}move the images to a faster disk, or store them smaller"
             self.warn("wait", f"{wait:.0%} of the time is spent waiting for images: {cure}")
+
+    def _cure(self, step):
+        """What helps when the loss is not finite."""
+        saved = Path(self.args.out) / ("last.pt" if self.path.stem == "log" else f"{self.path.stem}_last.pt")
+        device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
+        precise = precision_name(self.args.precision, device) in ("fp32", "fp64")
+        cures = [] if step == self.start + 1 else ["lower --lr"]  # no rate has been applied before the first step
+        cures += [] if precise else ["try --precision fp32"]
+        cures = cures or ["it is the first step, so look for such numbers in the images and in --init"]
+        state = f"The last good state is in {saved}" if saved.exists() else "No state has been saved"
+        return f"{state}: {', or '.join(cures)}"
 
     def note(self, step, **values):
         """Something measured between steps (k-NN accuracy, clusters in use ...): a line and a record."""
-        self._mark(step)  # the time it took does not count as training
+        if self.bar is not None and not self.bar.disable:  # the time it took does not count as training
+            self.bar.start_t += time.perf_counter() - self.clock
+            self.bar.last_print_t, self.bar.last_print_n = self.bar._time(), self.bar.n
+        self._mark(step)
         if not is_main() or not values:
             return
         self._write(step=step, **values)
@@ -284,14 +307,33 @@ def describe(args, data, loader, model, **lines):
         print0(f"{name:<11} {text}")
     usual = args.defaults.get("batch_size")
     if usual and not usual / 4 <= args.batch_size <= usual * 4:
-        print0(f"note        batch {args.batch_size} is far from the recipe's {usual}: --lr may need more than scaling")
+        others = f"also try --lr {args.lr / 3:.2g} and {args.lr * 3:.2g}, compare knn or loss after a few epochs"
+        print0(f"note        batch {args.batch_size} is far from the recipe's {usual}: {others}")
     if args.image_size <= 64 and args.arch.startswith("resnet"):
         crops = getattr(args, "crop_min", None)
         crops = f", crops of at least {crops:.0%} (--crop-min)" if isinstance(crops, float) else ""
         print0(f"note        images of at most 64 px: 3x3 stem without pooling, no blur{crops}")
-    with contextlib.suppress(Exception):  # an image that cannot be decoded is named when it is loaded
-        height, width = data[0][0].shape[1:]
-        if 2 * (side := max(height, width)) <= args.image_size:
-            gain = f"loses nothing and computes {(args.image_size / side) ** 2:.0f} times less"
-            print0(f"note        the first image has {height} x {width} pixels: --image-size {side} {gain}")
+    if is_main() and (text := _small_images(args, data, model)):
+        print(f"note        {text}")
+    if "workers" in args.given and (threads := loading_threads(args)) > cores():
+        enough = max(1, cores() * args.workers // threads)
+        print0(f"note        {threads} loading threads on {cores()} cores: --workers {enough} loads as fast")
     print0(f"output      {args.out}")
+
+
+def _small_images(args, data, model, most=8):
+    """What to say where the images are at most half as large as the views; "" where they are not. Looks at a few."""
+    sides = []
+    for i in sorted({len(data) * i // most for i in range(most)}):
+        with contextlib.suppress(Exception):  # an image that cannot be decoded is named when it is loaded
+            sides.append(max(data[i][0].shape[1:]))
+    if not sides or 2 * max(sides) > args.image_size:
+        return ""
+    text = f"{len(sides)} images have at most {max(sides)} x {max(sides)} pixels"
+    patch = getattr(getattr(model, "backbone", None), "patch_size", 1)  # up to 128 px it goes with the size
+    sizes = range(-(-max(sides) // 32) * 32, args.image_size, 32)
+    size = next((size for size in sizes if size <= 128 or size % patch == 0), 0)
+    pixels = {"sizes", "local_size", "patch_size", "gap", "resize", "window"} & args.given  # flags that go with it
+    if not size or pixels or ":" in args.arch:
+        return f"{text}, which --image-size {args.image_size} enlarges"
+    return f"{text}: --image-size {size} loses nothing and is faster"

@@ -48,13 +48,13 @@ class Run:
         self.loader = Loader(self.data, views, args.batch_size, **settings)
         self.view = EvalView(args.image_size, mean=views[0].mean, std=views[0].std)  # that of k-NN and of the files
         self.epoch_steps = self.loader.epoch_steps
-        self.total, self.warmup = args.epochs * self.epoch_steps, args.warmup_epochs * self.epoch_steps
+        self.total, self.warmup = args.epochs * self.epoch_steps, round(args.warmup_epochs * self.epoch_steps)
         return self.data
 
     def place(self, model, sync=True):
         """The model on its device, with batch norm over all processes (sync) and the weights of --init."""
         model = model.to(self.device, self.dtype, memory_format=torch.channels_last)
-        model = sync_batch_norm(model) if sync else model
+        model = sync_batch_norm(model, self.loader.local, sync)
         if not self.name and self.args.init:
             init_from(self.args.init, model)
         return model

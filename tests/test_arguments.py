@@ -17,6 +17,7 @@ OTHERS |= {
     "eval_svm": "--pretrained random --data /nowhere --arch resnet18 --width 0.125",
     "pack": "/nowhere --out /nowhere",
     "export": "--pretrained random --to torchvision --out /nowhere/x.pt",
+    "plot": "/nowhere",
 }
 
 
@@ -127,6 +128,59 @@ def test_types(kind, good, bad):
             kind(text)
 
 
+@pytest.mark.parametrize(
+    "words, given",
+    [
+        ("", {"data", "out"}),
+        ("--seed 0 --no-resume --stats auto", {"data", "out", "seed", "resume", "stats"}),
+        ("--chunk=4 --resume", {"data", "out", "chunk", "resume"}),
+    ],
+)
+def test_flags_that_are_given_are_known_from_their_defaults(words, given, tmp_path):
+    args = made(tmp_path, *words.split())
+    assert args.given == given == args.replace(seed=1).given
+    assert (args.strength, args.seed, args.chunk, args.script) == (0.5, 0, 4, "test_arguments.py")
+
+
+@pytest.mark.parametrize(
+    "words, name, expected",
+    [
+        ("mae --epochs 3", "warmup_epochs", 0.3),
+        ("mae --epochs 79", "warmup_epochs", 7.9),
+        ("mae --epochs 80", "warmup_epochs", 40),
+        ("mae --epochs 79 --warmup-epochs 40", "warmup_epochs", 40),
+        ("mocov3 --arch vit_tiny --epochs 20", "warmup_epochs", 2.0),
+        ("simclr --epochs 1", "warmup_epochs", 0.1),
+        ("simclr --epochs 3 --warmup-epochs 0", "warmup_epochs", 0),
+        ("rotation_pred --epochs 5", "warmup_epochs", 0.5),
+        ("swav --epochs 20", "queue_epoch", 2.0),
+        ("swav --epochs 20 --queue-epoch 15", "queue_epoch", 15),
+        ("swav --epochs 200", "queue_epoch", 15),
+        ("dino --epochs 1", "freeze_epochs", 0.1),
+        ("dino --epochs 1 --freeze-epochs 1", "freeze_epochs", 1),
+        ("esvit --epochs 2", "freeze_epochs", 1),
+    ],
+)
+def test_defaults_made_for_long_runs_are_shortened(words, name, expected, capsys):
+    """What takes more than half of the run becomes a tenth of it, unless it was asked for."""
+    args = parsed(*words.split(), "--batch-size", 16)
+    before = getattr(args, name)
+    arguments.check_schedule(args)
+    flag = f"--{name.replace('_', '-')}"
+    note = (
+        f"note        the default {flag} {before} is for longer runs: here it is {expected:g} of --epochs {args.epochs}"
+    )
+    assert getattr(args, name) == pytest.approx(expected)
+    assert (note in capsys.readouterr().out.splitlines()) is (expected != before)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_run_of_three_epochs_needs_no_other_flag(script):
+    args = parsed(script, "--epochs", 3, "--batch-size", 64)
+    arguments.check_schedule(args)
+    assert args.warmup_epochs < 3 and "warmup_epochs" in args.held
+
+
 # ------------------------------------------------------------------------------------------------------- recipe
 def made(tmp_path, *words):
     """The arguments of a script with a flag of its own in each kind of group."""
@@ -164,7 +218,19 @@ def test_recipe_of_every_script(script):
     args = parsed(script)
     held = {"seed", "image_size", "channels", "stats", "arch", "width", "epochs", "warmup_epochs", "batch_size", "lr"}
     assert held | {"weight_decay"} <= set(args.held)
-    free = {"data", "train_list", "val_list", "max_bad", "out", "init", "resume", "max_steps", "accum", "workers"}
+    free = {
+        "data",
+        "train_list",
+        "val_list",
+        "max_bad",
+        "max_pixels",
+        "out",
+        "init",
+        "resume",
+        "max_steps",
+        "accum",
+        "workers",
+    }
     free |= {"device", "precision", "compile", "deterministic", "log_every", "save_every", "knn_every"}
     assert not free & set(args.held) and free <= vars(args).keys()
 

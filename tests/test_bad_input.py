@@ -1,17 +1,41 @@
 """Every mistake gets exit code 2 and one line on stderr that names the flag or file; never a traceback."""
 
+import re
+import signal
+import subprocess
+
 import pytest
 import torch
 from PIL import Image
 
-from tests.helpers import SCRIPTS, command, flags, main, refused, state, train
+import simsiam
+from common import args as arguments
+from common import loader
+from common.augment import View
+from common.datasets import open_dataset
+from tests.helpers import (
+    ROOT,
+    SCRIPTS,
+    command,
+    environment,
+    flags,
+    main,
+    parsed,
+    refused,
+    start_of,
+    state,
+    train,
+)
 
 CASES = {
     "no data flag": ("", "--data"),
     "no such folder": ("--data /nowhere/at/all", "does not exist"),
     "unknown arch": ("--arch resnet19", "unknown, expected one of"),
-    "unknown flag": ("--batchsize 4", "--batchsize"),
-    "abbreviated flag": ("--batch 4", "--batch"),
+    "unknown flag": ("--batchsize 4", "--batchsize is unknown: did you mean --batch-size?"),
+    "abbreviated flag": ("--batch=4", "did you mean --batch-size?"),
+    "pasted flag": ("—num_workers 4", "did you mean --workers?"),
+    "initials": ("--wd 1", "did you mean --weight-decay?"),
+    "nothing like it": ("--xyzzy", "unrecognized arguments: --xyzzy"),
     "not a number": ("--epochs ten", "--epochs"),
     "zero epochs": ("--epochs 0", "--epochs"),
     "negative rate": ("--lr -1", "--lr"),
@@ -25,6 +49,8 @@ CASES = {
     "init missing": ("--init /nowhere.pt", "--init"),
     "fake without number": ("--data fake:many", "fake:many"),
     "device that is not there": ("--device xpu:7", "--device xpu:7 cannot be used here"),
+    "unknown device": ("--device gpu", "--device gpu is no device: choose auto"),
+    "device without numbers": ("--device meta", "--device meta cannot be used here"),
 }
 
 
@@ -41,6 +67,8 @@ def test_another_recipe_is_not_resumed(script, capsys, tmp_path):
     saved = train(script, tmp_path, "--max-steps", 1)
     error = refused(capsys, train, script, tmp_path, "--seed", 4, "--max-steps", 2)
     assert "--seed was 3, is 4" in error and "--no-resume" in error
+    assert f"with a new schedule: --out NEW --init {tmp_path}/last.pt" in error
+    assert "--init" not in refused(capsys, train, script, tmp_path, "--width", 0.375, "--max-steps", 2)
     for change in ({"format": 1}, {"format": None}):
         torch.save({k: v for k, v in (saved | change).items() if v is not None}, tmp_path / "last.pt")
         error = refused(capsys, train, script, tmp_path, "--max-steps", 2)
@@ -48,16 +76,85 @@ def test_another_recipe_is_not_resumed(script, capsys, tmp_path):
     train(script, tmp_path, "--seed", 4, "--max-steps", 1, "--no-resume")
 
 
+@pytest.mark.parametrize("other", ["moco", "simsiam_copy"])
+def test_folder_of_another_script(other, capsys, tmp_path, monkeypatch):
+    train("simsiam", tmp_path, "--max-steps", 1)
+    if other == "simsiam_copy":  # as its own file would name it
+        monkeypatch.setattr(simsiam, "__file__", f"/elsewhere/{other}.py")
+    error = refused(capsys, train, other.partition("_")[0], tmp_path)
+    assert f"--out {tmp_path} belongs to simsiam.py, this is {other}.py: choose another --out" in error
+    train(other.partition("_")[0], tmp_path, "--max-steps", 1, "--no-resume")
+
+
+BATCH_NORM = [script for script in SCRIPTS if script not in ("mae", "dino", "esvit")]
+
+
+@pytest.mark.parametrize("words", ["--batch-size 1", "--batch-size 2 --accum 2", "--batch-size 1 --data fake:1"])
+@pytest.mark.parametrize("script", BATCH_NORM)
+def test_batch_norm_of_one_image(script, words, capsys, tmp_path):
+    error = refused(capsys, main, script, *flags(script, tmp_path, *words.split()))
+    assert re.search("at least 2 images|needs 2 images or more|for 1 images: more are needed", error)
+
+
+@pytest.mark.parametrize("script", ["mae", "dino"])
+def test_one_image_is_enough_without_batch_norm(script, tmp_path):
+    assert train(script, tmp_path, *"--batch-size 1 --max-steps 1 --data fake:1".split())["step"] == 1
+
+
+@pytest.mark.parametrize("words", ["--protocol mae --batch-size 1", "--protocol multihead --batch-size 257"])
+def test_batch_norm_of_one_feature(words, capsys, tmp_path):
+    network = "--pretrained random --arch resnet18 --width 0.125 --image-size 16 --data fake:300".split()
+    error = refused(capsys, main, "eval_linear", *network, "--out", tmp_path, *words.split())
+    assert "needs at least 2 images: choose an even --batch-size" in error
+
+
+@pytest.mark.parametrize("script", ["eval_finetune", "eval_semi"])
+def test_batch_norm_of_one_labelled_image(script, capsys, tmp_path):
+    words = "--pretrained random --arch resnet18 --width 0.125 --image-size 16 --data fake:40 --batch-size 1".split()
+    words += ["--labels", "50%"] if script == "eval_semi" else []
+    assert "at least 2 images per micro-batch" in refused(capsys, main, script, *words, "--out", tmp_path)
+
+
+@pytest.mark.parametrize("world, accum", [(1, 1), (2, 1), (1, 4), (3, 2)])
+@pytest.mark.parametrize("images", [1, 2, 3, 5, 8, 9, 17, 70, 1000])
+def test_advised_batches_can_be_used(images, world, accum, capsys, monkeypatch):
+    """They share out evenly, fit the data set, and leave batch norm two images; where none does, none is named."""
+    for module in (loader, arguments):
+        monkeypatch.setattr(module, "world_size", lambda: world)
+    data = open_dataset(f"fake:{images}", "train")
+    error = refused(capsys, loader.Loader, data, [View(size=16)], 2000, accum=accum)
+    found, parts = re.search(r"try (\d+)\n", error), world * accum
+    assert bool(found) == (images >= 2 * parts), error
+    if found:
+        assert int(found[1]) % parts == 0 and 2 * parts <= int(found[1]) <= images
+    args = parsed("simsiam", "--batch-size", 6 * images + 1, "--accum", accum)
+    if (6 * images + 1) % parts:
+        near = int(re.search(r"try (\d+)\n", refused(capsys, arguments.check_schedule, args))[1])
+        assert near % parts == 0 and near >= 2 * parts and abs(near - 6 * images - 1) < 2 * parts
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda path: path.name)
+def test_ctrl_c_while_torch_is_imported(path, tmp_path):
+    (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(start_of(path), cwd=ROOT, env=environment(PYTHONPATH=str(tmp_path)), **pipes)
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    _, message = process.communicate(timeout=30)
+    assert message == "interrupted\n" and process.returncode in (130, -signal.SIGINT)
+
+
 def test_folders(capsys, tmp_path):
     for name in ("empty", "unreadable/a"):
         (tmp_path / name).mkdir(parents=True)
-    (tmp_path / "unreadable/a/x.jpg").write_bytes(b"no image")
+    for name in ("w.jpg", "x.jpg"):
+        (tmp_path / "unreadable/a" / name).write_bytes(b"no image")
     (tmp_path / "file").write_text("")
-    words = flags("simsiam", tmp_path / "run", "--batch-size", 1, "--max-bad", 0, "--data")
+    words = flags("simsiam", tmp_path / "run", "--batch-size", 2, "--max-bad", 0, "--data")
     assert "no images" in refused(capsys, main, "simsiam", *words, tmp_path / "empty")
     assert "not a folder" in refused(capsys, main, "simsiam", *words, tmp_path / "file")
     done = command("simsiam.py", *words, tmp_path / "unreadable", check=2)
-    assert "x.jpg" in done.stderr and done.stderr.count("\n") == 1
+    assert ".jpg" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_two_processes_report_once(tmp_path):

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from common.rng import uniforms
 from common.vit import vit
 from mae import MAE, augmentation, mae_loss, patchify, random_masking, reconstruct, unpatchify
-from tests.helpers import flags, main, parsed, records, refused, rows, state, train, write_images
+from tests.helpers import TINY, flags, main, parsed, records, refused, rows, state, train, write_images
 
 DECODER = {"decoder_dim": 16, "decoder_depth": 1, "decoder_heads": 2}
 
@@ -350,6 +350,41 @@ def test_visualize_any_image(run, photos, tmp_path):
     assert visualize(photos, official, tmp_path, "--decoder-heads", 2, "--no-norm-pix") != picture
 
 
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        ("--arch vit_tiny", (192, 4, 3)),
+        ("--arch vit_small", (384, 4, 6)),
+        ("--arch vit_base", (512, 8, 16)),
+        ("--arch vit_large", (512, 8, 16)),
+        ("--arch vit_huge", (512, 8, 16)),
+        ("--arch vit_base --width 0.5", (384, 4, 12)),
+        ("--arch vit_small --width 3", (512, 8, 16)),
+        ("--arch vit_tiny --depth 2 --heads 4", (192, 1, 4)),
+        ("--arch vit_tiny --decoder-dim 512 --decoder-depth 8 --decoder-heads 16", (512, 8, 16)),
+        ("--arch vit_tiny --decoder-dim 128", (128, 4, 2)),  # 3 heads do not divide it
+        ("--arch vit_tiny --decoder-depth 1", (192, 1, 3)),
+        ("--arch vit_base --decoder-dim 192", (192, 8, 16)),
+        ("--arch vit_base --decoder-heads 8", (512, 8, 8)),
+    ],
+)
+def test_decoder_goes_with_the_encoder(words, expected):
+    args = parsed("mae", *words.split())
+    assert (args.decoder_dim, args.decoder_depth, args.decoder_heads) == expected
+
+
+def test_scaled_decoder_is_said_and_kept(tmp_path, capsys):
+    words = [*TINY.split(), *"--arch vit_tiny --width 0.25 --depth 3 --pictures-every 0".split(), "--out", tmp_path]
+    main("mae", *words, "--max-steps", 1)
+    text = (
+        "decoder     48 dimensions, 1 blocks, 3 heads, scaled with the encoder (the paper's, for ViT-B and larger: 512"
+    )
+    assert text in capsys.readouterr().out
+    assert state(tmp_path)["model"]["decoder_embed.weight"].shape == (48, 48)
+    main("mae", *words, "--max-steps", 2)
+    assert "resuming" in capsys.readouterr().out
+
+
 # ------------------------------------------------------------------------------------------------------ errors
 @pytest.mark.parametrize(
     "words, expected",
@@ -358,7 +393,7 @@ def test_visualize_any_image(run, photos, tmp_path):
         ("--mask-ratio 1", "--mask-ratio: must be less than 1"),
         ("--mask-ratio 0", "--mask-ratio 0.0 leaves 64 of 64 patches"),
         ("--decoder-dim 18 --decoder-heads 3", "--decoder-dim 18"),
-        ("--decoder-dim 16 --decoder-heads 3", "of 3 heads"),
+        ("--decoder-dim 16 --decoder-heads 3", "of 3 heads: try 12"),
         ("--decoder-depth 0", "--decoder-depth"),
         ("--patch-size 5", "--patch-size"),
         ("--heads 5", "5 heads"),

@@ -210,7 +210,7 @@ def test_key_order_is_a_permutation_that_belongs_to_seed_step_and_micro_batch():
     "world, batch, asked, groups",
     [
         *[(1, 256, None, 8), (8, 256, None, 8), (2, 16, None, 8), (1, 12, None, 6), (3, 96, None, 6)],
-        *[(16, 256, None, 16), (1, 7, None, 1), (1, 256, 16, 16), (2, 256, 2, 2), (8, 8, None, 8)],
+        *[(16, 256, None, 16), (1, 7, None, 1), (1, 256, 16, 16), (2, 256, 2, 2), (8, 16, None, 8)],
     ],
 )
 def test_number_of_groups(world, batch, asked, groups, monkeypatch):
@@ -222,6 +222,11 @@ def test_number_of_groups(world, batch, asked, groups, monkeypatch):
 def test_impossible_groups_end_the_program_with_one_line(world, asked, monkeypatch, capsys):
     monkeypatch.setattr(batchnorm, "world_size", lambda: world)
     assert f"--bn-splits {asked}" in refused(capsys, batchnorm.batch_norm_groups, asked, 16)
+
+
+def test_groups_of_one_image_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr(batchnorm, "world_size", lambda: 8)
+    assert "at least 2 images" in refused(capsys, batchnorm.batch_norm_groups, None, 8)
 
 
 def test_statistics_become_the_mean_over_processes(monkeypatch):

@@ -13,7 +13,20 @@ if __name__ == "__main__":
 from common import run as run_module
 from common.augment import View
 from common.run import Run
-from tests.helpers import EXACT, assert_close, command, flags, main, parsed, records, state, train
+from tests.helpers import (
+    EXACT,
+    assert_close,
+    command,
+    flags,
+    logged,
+    main,
+    parsed,
+    records,
+    refused,
+    state,
+    train,
+    write_vit,
+)
 
 CASES = {
     f"{script} {accum}": (script, [*EXACT, *more, "--accum", accum, "--max-steps", 3])
@@ -79,6 +92,30 @@ class Net(nn.Module):
 
     def forward(self, x):
         return self.backbone(x.mean((2, 3)))
+
+
+def test_shortened_warm_up_is_recorded_and_resumed(tmp_path, capsys):
+    """Four epochs of four steps: a tenth are 1.6, so 2 steps of warm-up."""
+    words = flags("byol", tmp_path, "--lr", 16)
+    at = words.index("--warmup-epochs")
+    words = words[:at] + words[at + 2 :]
+    main("byol", *words, "--max-steps", 3)
+    assert "the default --warmup-epochs 10 is for longer runs: here it is 0.4" in capsys.readouterr().out
+    assert [r["lr"] for r in records(tmp_path).values()] == pytest.approx([0, 0.5, 1])
+    assert state(tmp_path)["recipe"]["warmup_epochs"] == 0.4 == logged(tmp_path)[0]["args"]["warmup_epochs"]
+    main("byol", *words, "--max-steps", 4)
+    assert "resuming" in capsys.readouterr().out and list(records(tmp_path)) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("script", ["eval_finetune", "eval_semi"])
+def test_evaluations_shorten_their_warm_up(script, tmp_path, capsys):
+    network = write_vit(tmp_path / "vit.pt")
+    words = f"--pretrained {network} --data fake:40 --epochs 2 --batch-size 10 --workers 0 --out {tmp_path}".split()
+    words += ["--labels", "50%"] if script == "eval_semi" else []
+    main(script, *words)
+    assert "the default --warmup-epochs 5 is for longer runs: here it is 0.2 of --epochs 2" in capsys.readouterr().out
+    error = refused(capsys, main, script, *words, "--warmup-epochs", 5, "--no-resume")
+    assert "--warmup-epochs 5 must be smaller than --epochs 2: try --warmup-epochs 0" in error
 
 
 def started(out, *more):
