@@ -44,6 +44,9 @@ from common import rng, xcit
 from common.args import Parser, at_least, below_one, fail, number, positive, probability, share
 from common.augment import FLIP, JITTER, EvalView, View, to_device
 from common.checkpoint import load_pretrained
+from common.classes import class_names
+from common.classifier import Classifier as Whole
+from common.classifier import save_classifier
 from common.datasets import open_labelled
 from common.distributed import print0, process_mean, rank, world_size
 from common.files import result_folder
@@ -394,6 +397,11 @@ def main(args):
     agree_on_undecodable(data, run.device, run.loader.pool.bad)
     result = facts(args, meta, data, test) | {"recipe": args.recipe}
     result |= {k: getattr(args, k) for k in ("epochs", "batch_size", "weight_decay", "freeze", "seed", "lr", "head_lr")}
+    names = class_names(data)
+    linear, names = model.head, [names.get(c, f"class {c}") for c in range(classes)]
+    what = f"fine-tuned, epoch {history[-1]['epoch']:g}, top-1 {history[-1]['top1']:.2f} %"
+    whole = Whole(model.backbone, linear.weight, linear.bias)
+    save_classifier(f"{args.out}/finetune.pt", whole, run.more["meta"], test_view, names, what)
     result |= {**history[-1], **{f"best_{k}": best[k] for k in ("top1", "top5", "epoch")}}
     return report(args, "finetune", result)
 

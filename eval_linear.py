@@ -38,6 +38,7 @@ of an epoch is dropped.
 
 Results: top-1 and top-5 of the test set after the last and at the best epoch. The best one is chosen on the images it
 is reported for, as is usual; the last is not. Of multihead, the last is the usual figure.
+The classifier with the best last top-1 is saved with the network: predict.py applies linear.pt to new images.
 Of the best figure, per_class_linear.csv and confusion_linear.png show single classes, and which are taken for which.
 Other data: Places205 (lists, "path label") with --epochs 28 --drops 7,14,21; iNaturalist18 (its .json files as
 --train-list and --val-list) with --epochs 84 --drops 24,48,72; both with --protocol multihead.
@@ -67,14 +68,15 @@ from common.args import Parser, fail, positive, toggle
 from common.augment import EvalView, View
 from common.batchnorm import sync_batch_norm
 from common.checkpoint import load_file, load_pretrained, save_file
-from common.classes import by_class
+from common.classes import by_class, class_names
+from common.classifier import Classifier, save_classifier
 from common.datasets import open_labelled
 from common.distributed import all_reduce, any_process, gather_uneven, print0, process_mean, rank, world_size
-from common.features import broken_rows, extract, pool_stage, usual_interpolation
+from common.features import broken_rows, extract, features, usual_interpolation
 from common.files import make_folder, result_folder
 from common.loader import Loader, agree_on_undecodable, eval_batches
 from common.log import Stop, bar, facts, report
-from common.optim import LARS, cosine, param_groups, precision, upcast
+from common.optim import LARS, cosine, param_groups, precision
 from common.run import start_device
 from common.vit import ViT
 
@@ -187,34 +189,6 @@ def schedule(protocol, step, steps):
 
 
 # --------------------------------------------------------------------------------------------------- features
-@torch.no_grad()
-def features(backbone, x, kinds, amp):
-    """{kind: list of tensors (B, ...)} of at least single precision, from one forward pass."""
-    found = {}
-    with amp:
-        if hasattr(backbone, "stages"):
-            maps = backbone.stages(x)
-            if "stages" in kinds:
-                found["stages"] = [upcast(pool_stage(m)) for m in maps]
-            if "pool" in kinds:
-                found["pool"] = [upcast(maps[-1]).mean((2, 3))]
-            return found
-        if "pool" in kinds:
-            found["pool"] = [upcast(backbone(x))]
-        if "blocks" in kinds and not isinstance(backbone, ViT):  # Li et al. 2022: the mean of each of the last 4 blocks
-            found["blocks"] = [torch.cat([upcast(t).mean(1) for t in backbone.last(x, 4)], 1)]
-        elif kinds & {"cls", "blocks"}:
-            several = backbone.dim < 768  # Caron et al. 2021: ViT-S, and smaller; else ViT-B
-            tokens = backbone.last(x, 4 if several and "blocks" in kinds else 1)
-            tops = [upcast(t[:, 0]) for t in tokens]
-            if "cls" in kinds:
-                found["cls"] = tops[-1:]
-            if "blocks" in kinds:
-                patches = [] if several else [upcast(tokens[-1][:, 1:]).mean(1)]
-                found["blocks"] = [torch.cat([*tops, *patches], 1)]
-    return found
-
-
 def fingerprint(backbone):
     """A hash of all weights and statistics."""
     digest = hashlib.sha256()
@@ -276,8 +250,8 @@ class Cached:
         self.steps = len(self.train[1]) // self.micro
         for p in probes:  # of the images that can be decoded
             p.steps = len(self.train[1]) // p.protocol.batch or fail(f"{p.name}: too few images can be decoded")
-        for features in (f for parts in self.train[0].values() for f in parts):
-            if broken := broken_rows(features.flatten(1), live.train, "training"):
+        for part in (f for parts in self.train[0].values() for f in parts):
+            if broken := broken_rows(part.flatten(1), live.train, "training"):
                 fail(broken)
         self.test_set = self._extract(live, live.test_set, wanted)
         size = sum(f.numel() * f.element_size() for parts in self.train[0].values() for f in parts)
@@ -384,6 +358,19 @@ class Probe:
             self.optimizer.step()
             self.optimizer.zero_grad()
 
+    def classifiers(self, backbone):
+        """{name: (Classifier, view of the test)} as they are now."""
+        found = {}
+        for i, (label, part) in enumerate(zip(self.labels, self.head.parts, strict=True)):
+            linear, more = part[-1], {}
+            if self.protocol.norm:
+                each = linear.in_features // len(part[0].running_mean)
+                statistics = part[0].running_mean, (part[0].running_var + self.protocol.norm).sqrt()
+                more = dict(zip(("mean", "std"), (x.repeat_interleave(each) for x in statistics), strict=True))
+            model = Classifier(backbone, linear.weight, linear.bias, self.protocol.feature, i, **more)
+            found[label] = model, self.views[1]
+        return found
+
     def record(self, epoch, scores):
         """Adds the scores [[top-1, top-5], ...] of the test images after an epoch."""
         better = [all(top1 > s[i][0] for _, s in self.results) for i, (top1, _) in enumerate(scores)]
@@ -450,11 +437,16 @@ def held_out(labels, seed):
     return chosen
 
 
+def moments(x):
+    """Mean and standard deviation of features (N, D), infinite for what is the same for all samples."""
+    std, mean = torch.std_mean(x, 0, correction=0)
+    return mean, torch.where(std > 1e-6 * (mean.abs() + std.max()), std, math.inf)
+
+
 def standardize(x, *others):
     """Features (N, D) with mean 0 and standard deviation 1, and others changed in the same way. What is the same for
     all samples becomes 0."""
-    std, mean = torch.std_mean(x, 0, correction=0)
-    std = torch.where(std > 1e-6 * (mean.abs() + std.max()), std, math.inf)
+    mean, std = moments(x)
     return [(part - mean) / std for part in (x, *others)]
 
 
@@ -494,9 +486,8 @@ def choose_rate(x, labels, classes, rates, epochs, batch, seed=0):
 
 
 def evaluate_small(args, backbone, meta, data, test, classes, device, amp):
-    """The protocol for small sets: what `results` gives, of its one classifier, and {it: (labels, predictions)} of the
-    test images. Every process does all of it but the
-    computation of features."""
+    """The protocol for small sets: what `results` gives, of its one classifier, {it: (labels, predictions)} of the test
+    images and {it: (Classifier, view)}. Every process does all of it but the computation of features."""
     how = {"interpolation": usual_interpolation(backbone), "mean": tuple(meta["mean"]), "std": tuple(meta["std"])}
     view = EvalView(meta["image_size"], **how)
     found = []
@@ -519,7 +510,7 @@ def evaluate_small(args, backbone, meta, data, test, classes, device, amp):
         if rate in (min(rates), max(rates)):
             print0(f"note: lr {rate:g} is at the end of those tried; --lr takes others")
         recipe["held_out"] = {f"{r:g}": row for r, row in chosen.items()}
-    x, queries = standardize(x, queries)
+    (mean, std), (x, queries) = moments(x), standardize(x, queries)
     head = fit(x, labels, classes, rate, epochs, batch, args.seed)
     with torch.no_grad():
         predicted = largest(head(queries))
@@ -527,7 +518,8 @@ def evaluate_small(args, backbone, meta, data, test, classes, device, amp):
     last = {"epoch": epochs, "top1": top1, "top5": top5}
     recipe |= {"lr": rate, "total_lr": rate * batch / 256, "batch": batch, "epochs": epochs}
     name = f"small lr {rate:g}"
-    return {name: recipe | {"last": last, "best": last}}, {name: (targets, predicted[:, 0])}
+    model = Classifier(backbone, head.weight, head.bias, mean=mean, std=std)
+    return {name: recipe | {"last": last, "best": last}}, {name: (targets, predicted[:, 0])}, {name: (model, view)}
 
 
 # -------------------------------------------------------------------------------------------------- arguments
@@ -723,7 +715,8 @@ def summary(heads):
 
 def evaluate_protocols(names, before, args, backbone, meta, data, test, classes, device, amp):
     """The protocols of the table, in one pass: ({classifier: its recipe, last and best result}, {classifier: (labels,
-    predictions) of its best epoch}, is it complete?). before: the fingerprint of the backbone."""
+    predictions) of its best epoch}, {classifier: (Classifier, view)}, is it complete?). before: the fingerprint of the
+    backbone."""
     probes, micro = make_probes(names, args, backbone, meta, classes, len(data), amp)
     print0(f"batches     {world_size()} processes x {micro // world_size()} images, summed up to those below")
     for p in probes:
@@ -747,9 +740,10 @@ def evaluate_protocols(names, before, args, backbone, meta, data, test, classes,
     state = State(make_folder(result_folder(args.pretrained, args.out)) / "linear_last.pt", probes, known)
     complete = train(args, probes, source, state, lambda: check_frozen(backbone, before), device)
     agree_on_undecodable(data, device, source.loader.pool.bad if source.loader else ())
-    kept = [p for p in probes if p.kept is not None]
-    seen = {label: (p.kept[0], row) for p in kept for label, row in zip(p.labels, p.kept[1:], strict=True)}
-    return results(probes), seen, complete
+    seen = {
+        c: (p.kept[0], row) for p in probes if p.kept is not None for c, row in zip(p.labels, p.kept[1:], strict=True)
+    }
+    return results(probes), seen, {k: v for p in probes for k, v in p.classifiers(backbone).items()}, complete
 
 
 def main(args):
@@ -771,12 +765,11 @@ def main(args):
             names, why = [own], guess or f"that of {meta['method']}"
         print0(f"protocol    {names[0]}: {why}")
 
-    heads, seen, complete, common = {}, {}, True, (args, backbone, meta, data, test, classes, device, amp)
+    heads, seen, trained, complete, common = {}, {}, {}, True, (args, backbone, meta, data, test, classes, device, amp)
     if papers := [name for name in names if name != "small"]:
-        heads, seen, complete = evaluate_protocols(papers, before, *common)
+        heads, seen, trained, complete = evaluate_protocols(papers, before, *common)
     if "small" in names:
-        more = evaluate_small(*common)
-        heads, seen = heads | more[0], seen | more[1]
+        heads, seen, trained = (a | b for a, b in zip((heads, seen, trained), evaluate_small(*common), strict=True))
 
     check_frozen(backbone, before)
     cached = "features of unaugmented images: not the protocol" if args.cached and papers else ""
@@ -786,6 +779,13 @@ def main(args):
     if best["head"] in seen:
         what = f"linear, {best['head']}, epoch {best['epoch']:g}, top-1 {best['top1']:.2f} %"
         result |= by_class(args, "linear", what, *(part.cpu() for part in seen[best["head"]]), test, data)
+    name = max(trained, key=lambda name: heads[name]["last"]["top1"])
+    names, last = class_names(data), heads[name]["last"]
+    names = [names.get(c, f"class {c}") for c in range(classes)]
+    what = f"{name}, epoch {last['epoch']:g}, top-1 {last['top1']:.2f} %"
+    path = result_folder(args.pretrained, args.out) / "linear.pt"
+    save_classifier(path, trained[name][0], meta, trained[name][1], names, what)
+    result["classifier"] = {"file": path.name, "head": name, **last}
     return report(args, "linear", result)
 
 

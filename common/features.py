@@ -11,6 +11,7 @@ from common.args import fail
 from common.distributed import gather_uneven
 from common.loader import agree_on_undecodable, eval_batches, eval_share
 from common.log import bar
+from common.optim import upcast
 from common.vit import ViT
 
 # Stages of ResNet-50 at 224 pixels, by channels: side; kernel, stride, padding of average pooling (Goyal et al. 2019)
@@ -24,6 +25,34 @@ def pool_stage(x):
     if side == usual:
         return F.avg_pool2d(x, *window)
     return F.adaptive_avg_pool2d(x, max(1, min(side, math.isqrt(9216 // channels))))
+
+
+@torch.no_grad()
+def features(backbone, x, kinds, amp):
+    """{kind: list of tensors (B, ...)} of at least single precision, from one forward pass."""
+    found = {}
+    with amp:
+        if hasattr(backbone, "stages"):
+            maps = backbone.stages(x)
+            if "stages" in kinds:
+                found["stages"] = [upcast(pool_stage(m)) for m in maps]
+            if "pool" in kinds:
+                found["pool"] = [upcast(maps[-1]).mean((2, 3))]
+            return found
+        if "pool" in kinds:
+            found["pool"] = [upcast(backbone(x))]
+        if "blocks" in kinds and not isinstance(backbone, ViT):  # Li et al. 2022: the mean of each of the last 4 blocks
+            found["blocks"] = [torch.cat([upcast(t).mean(1) for t in backbone.last(x, 4)], 1)]
+        elif kinds & {"cls", "blocks"}:
+            several = backbone.dim < 768  # Caron et al. 2021: ViT-S, and smaller; else ViT-B
+            tokens = backbone.last(x, 4 if several and "blocks" in kinds else 1)
+            tops = [upcast(t[:, 0]) for t in tokens]
+            if "cls" in kinds:
+                found["cls"] = tops[-1:]
+            if "blocks" in kinds:
+                patches = [] if several else [upcast(tokens[-1][:, 1:]).mean(1)]
+                found["blocks"] = [torch.cat([*tops, *patches], 1)]
+    return found
 
 
 def by_size(network, views):
