@@ -23,6 +23,7 @@ Deviations: nothing random depends on the number of processes. An image is mixed
 order, not with the image at the mirrored position in the batch of its process, and 32 images share a draw, as on each
 of the 32 processes of the published ViT-B. Our choice, not published: --recipe plain; and the same for ViTs below B,
 Swins and XCiTs (whose drop path is the same at any depth).
+The network and its classifier are saved as finetune.pt, which predict.py applies to new images.
 "best" is chosen on the test images, as is usual; the other figures are those of the last validation.
 """
 

@@ -149,9 +149,10 @@ def in_memory(dataset):
 def open_dataset(data, split, image_list=None, required=True, channels=3):
     """The dataset that `--data` names. split: "train" or "val". image_list: a list file instead of the folder's own.
 
-    data: a folder with train/ and val/ (class sub-folders, or flat), a folder of images, a .tar archive, or one of
-    NAMED_SETS (cifar10:/path to say where it lies, fake:N for N images). Returns None if the split does not exist and
-    is not required. Anything wrong ends the program with code 2 and one line.
+    data: a folder with train/ and val/ (class sub-folders, or flat), a folder of images, .tar archives (a path, a range
+    like x-{000..146}.tar, a pattern like x-*.tar, or a folder of them), or one of NAMED_SETS (cifar10:/path to say
+    where it lies, fake:N for N images). Returns None if the split does not exist and is not required. Anything wrong
+    ends the program with code 2 and one line.
     """
     name, _, where = str(data).partition(":")
     if name in NAMED_SETS and image_list is None:
