@@ -32,8 +32,9 @@ import sys
 
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import ImageDraw
 from torch import nn
+from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from common import rng
@@ -42,9 +43,8 @@ from common.augment import View, to_device
 from common.batchnorm import average_statistics, batch_norm_groups, split_batch_norm
 from common.distributed import gather, is_main, rank, world_size
 from common.features import output_std
-from common.files import atomic
 from common.optim import cosine, upcast
-from common.pictures import rgb
+from common.pictures import save_captioned, shown
 from common.resnet import resnet
 from common.run import Run
 
@@ -225,24 +225,22 @@ def true_matches(boxes_q, boxes_k, side):
     return torch.where((y >= 0) & (y < side) & (x >= 0) & (x < side), y * side + x, -1).flatten(1)
 
 
-def save_matches(path, views, match, true, spec, count=4, size=224, gap=8):
-    """PNG: both views of the first images side by side, and a line from each cell to its match: green where geometry
-    agrees, red where it does not, grey where the other view does not show the place."""
+def save_matches(path, views, match, true, spec, count=4, size=224, gap=32):
+    """PNG: both views of the first images side by side, and a line from each cell to its match, right ones on top."""
     if not is_main():
         return
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (spec.mean, spec.std))
-    shown = torch.cat([rgb(x[:count].float().cpu() * std + mean, spec.mean, spec.std) for x in views], 3)
-    grid = make_grid(F.interpolate(shown, (size, 2 * size)), nrow=1, padding=gap, pad_value=1.0)
-    picture = Image.fromarray(grid.mul(255).byte().permute(1, 2, 0).numpy())
-    side = math.isqrt(match.shape[1])
+    pairs = torch.stack([shown(x[:count], spec) for x in views], 1).flatten(0, 1)
+    picture = to_pil_image(make_grid(F.interpolate(pairs, size), nrow=2, padding=gap, pad_value=1.0))
+    side, lines = math.isqrt(match.shape[1]), []
     for i, (found, right) in enumerate(zip(match[:count].tolist(), true[:count].tolist(), strict=True)):
         for a, b in enumerate(found):  # ends lie at different heights of their cells: no line hides another
-            ends = [(c % side + 0.5 + v * side, (c + 0.5) / side) for v, c in enumerate((a, b))]
-            ends = [(gap + x * size / side, gap + y * size / side + i * (size + gap)) for x, y in ends]
-            colour = "gray" if right[a] < 0 else "lime" if right[a] == b else "red"
-            ImageDraw.Draw(picture).line(ends, colour, 2)
-    with atomic(path) as temporary:
-        picture.save(temporary, "PNG")
+            ends = [((c % side + 0.5) * size / side, (c + 0.5) * size / side**2) for c in (a, b)]
+            ends = [(gap + x + v * (size + gap), gap + y + i * (size + gap)) for v, (x, y) in enumerate(ends)]
+            lines.append((0 if right[a] < 0 else 2 if right[a] == b else 1, ends))
+    for kind, ends in sorted(lines):
+        ImageDraw.Draw(picture).line(ends, ("gray", "red", "lime")[kind], 2)
+    text = "Each cell of view 1 and what it is matched with. Green: right, red: wrong, grey: not in view 2."
+    save_captioned(path, picture, ["view 1", "view 2"], text)
 
 
 # --------------------------------------------------------------------------------------------------- training

@@ -97,7 +97,7 @@ def save_rotations(path, x, spec, count=4):
     """PNG: the first images of a batch, one in a row, turned by y quarter turns."""
     if is_main():
         images = rotate4(shown(x[:count], spec)).unflatten(0, (4, -1)).transpose(0, 1).flatten(0, 1)
-        save_table(path, images, [f"y = {k}" for k in range(4)], "By how many quarter turns?")
+        save_table(path, images, [f"y = {k}" for k in range(4)], "y quarter turns counter-clockwise: which y is it?")
 
 
 # ------------------------------------------------------------------------------------------------------ model

@@ -3,9 +3,10 @@
 import torch
 import torch.nn.functional as F
 
-from common.datasets import evenly_spaced
+from common.datasets import evenly_spaced, match_classes
 from common.distributed import all_reduce, gather_uneven, print0, rank, world_size
 from common.features import broken_rows, extract
+from common.folders import note
 from common.log import bar
 from common.optim import upcast
 
@@ -103,10 +104,11 @@ def knn(train, train_labels, test, test_labels, ks=(20,), temperature=0.07, chun
 def knn_monitor(backbone, train, val, view, device, workers, amp):
     """{"knn": top-1 in percent}, k = 20, at most 10,000 training and 2,000 validation samples; {} without labels, and
     where features are not finite."""
-    if train.labels is None or val is None or val.labels is None:
+    if train.labels is None or val is None:
         return {}
-    if train.classes and val.classes and train.classes != val.classes:
-        print0("note: no k-NN accuracy: the training and the validation images have different classes")
+    reason = "the validation images have no labels" if val.labels is None else match_classes(train, val)
+    if reason or (train.labels == train.labels[0]).all():
+        note(f"no k-NN accuracy: {reason or 'all training images are of one class'}")
         return {}
     sets = evenly_spaced(train, 10_000), evenly_spaced(val, 2_000)
     how = {"workers": workers, "amp": amp, "replace": False}

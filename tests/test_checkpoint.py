@@ -280,6 +280,17 @@ FILES = {
     "mmselfsup resnet": ("MMSelfSup", RESNET, {"meta": {"epoch": 1, "config": "text"}, "state_dict":
         under("backbone.", RESNET) | under("encoder_q.0.", RESNET) | under("encoder_k.0.", RESNET, 1.0)
         | head("queue", "neck.mlp.0.weight")}),
+    "mmselfsup relative_loc": ("MMSelfSup", RESNET, {"meta": {"epoch": 70}, "optimizer": {}, "state_dict":
+        under("backbone.", RESNET) | head("neck.fc.weight", "neck.bn.running_mean", "head.fc_cls.weight")}),
+    "mmselfsup rotation_pred": ("MMSelfSup", RESNET, {"meta": {"epoch": 70}, "state_dict":
+        under("backbone.", RESNET) | head("head.fc_cls.weight", "head.fc_cls.bias")}),
+    "mmselfsup interclr": ("MMSelfSup", RESNET, {"meta": {"epoch": 200}, "state_dict":
+        under("encoder_q.0.", RESNET) | under("encoder_k.0.", RESNET, 1.0) | under("backbone.", RESNET)
+        | head("encoder_q.1.mlp.0.weight", "encoder_k.1.mlp.0.weight", "neck.mlp.0.weight", "queue", "queue_ptr")}),
+    "mmselfsup densecl, that of its authors in training": ("MMSelfSup", RESNET, {"meta": {}, "state_dict":
+        under("encoder_q.0.", RESNET) | under("encoder_k.0.", RESNET, 1.0) | under("backbone.", RESNET)
+        | head("encoder_q.1.mlp.0.weight", "encoder_q.1.mlp2.0.weight", "queue", "queue2", "queue2_ptr")}),
+    "densecl release": (TORCHVISION, RESNET, {"state_dict": under("", RESNET), "author": "DenseCL"}),
     "mmselfsup vit": ("MMSelfSup", VIT, {"meta": {}, "state_dict":
         prefixed("backbone.", mmcls(VIT)) | head("neck.decoder_embed.weight", "backbone.mask_token")}),
     "mmselfsup mocov3": ("MMSelfSup, MoCo v3", SMALL, {"meta": {}, "state_dict":

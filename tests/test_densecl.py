@@ -257,23 +257,28 @@ def test_matches_are_drawn_at_start_and_end(tmp_path):
     train("densecl", tmp_path, "--max-steps", 6, "--log-every", 4)
     train("densecl", tmp_path, "--max-steps", 7, "--log-every", 4)
     for name in ("start", "end"):
-        assert Image.open(tmp_path / f"matches_{name}.png").size == (2 * 224 + 16, 4 * 232 + 8)
+        width, height = Image.open(tmp_path / f"matches_{name}.png").size
+        assert width == 2 * 224 + 3 * 32 and height > 4 * 224 + 5 * 32
     assert (tmp_path / "matches_start.png").read_bytes() != (tmp_path / "matches_end.png").read_bytes()
 
 
 def test_lines_of_the_picture(tmp_path):
     """Black views: a green line from the upper left cell to itself, a red one, a grey one."""
-    view = densecl.augmentation(32)[0]
-    black = torch.full((1, 3, 32, 32), -9.0)
-    match, true = torch.tensor([[0, 2, 2, 3]]), torch.tensor([[0, 1, -1, 3]])
-    densecl.save_matches(tmp_path / "x.png", (black, black), match, true, view, size=64, gap=0)
-    picture = np.asarray(Image.open(tmp_path / "x.png"))
-    assert picture.shape == (64, 128, 3)
-    lime, red, gray = (np.argwhere((picture == colour).all(2)) for colour in ((0, 255, 0), (255, 0, 0), (128,) * 3))
+
+    def drawn(match, true):
+        view, black = densecl.augmentation(32)[0], torch.full((1, 3, 32, 32), -9.0)
+        densecl.save_matches(tmp_path / "x.png", (black, black), *torch.tensor([[match], [true]]), view, size=64, gap=0)
+        picture = np.asarray(Image.open(tmp_path / "x.png"))[20:84]  # below the headings, above the caption
+        assert picture.shape == (64, 128, 3)
+        return (np.argwhere((picture == colour).all(2)) for colour in ((0, 255, 0), (255, 0, 0), (128,) * 3))
+
+    lime, red, gray = drawn([0, 2, 2, 3], [0, 1, -1, 3])
     assert (lime[:, 1].min(), lime[:, 1].max()) == (16, 48 + 64)  # cells 0 and 3 lie at 16 and 48, in both views
     assert red.min(0).tolist() == pytest.approx([24, 48], abs=3)  # from cell 1, a little lower than cell 0 ...
     assert red.max(0).tolist() == pytest.approx([40, 64 + 16], abs=3)  # ... to cell 2
     assert set(gray[:, 0]) <= {39, 40, 41} and len(gray)
+    lime, red, gray = drawn([3, 2, 0, 0], [3, 1, -1, -1])  # the red line lies under the green one
+    assert len(lime) and len(gray) and not len(red)
 
 
 def test_recipe_is_the_published_one():

@@ -266,13 +266,13 @@ def test_accuracy_counts():
     protocol = Protocol(4, 1, "sgd", 1.0, 0.0)
     probe = Probe("any", protocol, 1.0, (0, 0), [(6,)], 8, 50, 2)
     source = type("Source", (), {"test": lambda self, probes: iter([({(0, "pool"): [x]}, labels)])})()
-    ((top1, top5),) = eval_linear.evaluate(source, [probe], 50)[probe]
+    ((top1, top5),) = eval_linear.evaluate(source, [probe])[probe]
     order = np.argsort(-probe.head([x])[0].detach().numpy(), axis=1)
     hit = order == labels.numpy()[:, None]
     assert top1 == pytest.approx(2 * hit[:, 0].sum()) and top5 == pytest.approx(2 * hit[:, :5].sum())
     assert 0 < top1 < top5 < 100 and probe.head.training
     probe.parameters[0].data.fill_(math.nan)
-    assert eval_linear.evaluate(source, [probe], 50)[probe] == [[0.0, 0.0]]
+    assert eval_linear.evaluate(source, [probe])[probe] == [[0.0, 0.0]]
 
 
 # ------------------------------------------------------------------------------------------------- whole runs
