@@ -60,7 +60,7 @@ def positions(args, recipe, weights):
 
 @torch.no_grad()
 def agreement(args, recipe, weights):
-    """Batch norm uses the statistics of batches of 100, as in training, so that an untrained network can be compared."""
+    """Batch norm takes statistics of batches of 100, as in training, so that untrained networks can be compared."""
     torch.manual_seed(recipe["seed"])
     networks = {
         name: resnet(recipe["arch"], recipe["width"], recipe["image_size"]) for name in ("trained", "untrained")
@@ -100,7 +100,7 @@ def main():
     args = parser.parse_args()
     start = json.loads((args.run / "log.jsonl").read_text().splitlines()[0])
     state = torch.load(args.run / "last.pt", map_location="cpu", weights_only=True)
-    measure = positions if start["command"].startswith("relative_loc") else agreement
+    measure = positions if "patch_size" in start["args"] else agreement  # of relative_loc.py
     torch.manual_seed(0)
     result = {"command": f"results/geometry.py {' '.join(sys.argv[1:])}", "run": start["command"]}
     result |= {"commit": start["commit"], "steps": state["step"]} | measure(args, start["args"], state["model"])

@@ -1,5 +1,6 @@
 """DenseCL: the dense loss, its matches, what the geometry says of them, two heads and two queues."""
 
+import json
 import math
 
 import numpy as np
@@ -9,6 +10,7 @@ from PIL import Image
 
 import densecl
 from common.resnet import resnet
+from results import geometry
 from tests.helpers import SMALL, main, parsed, records, refused, rows, state, train, unit
 
 SIZES = {"q": (3, 5, 4), "k": (3, 5, 4), "backbone_q": (3, 7, 4), "backbone_k": (3, 7, 4)}  # 3 images, 2 x 2 cells
@@ -164,6 +166,27 @@ def test_agreement_and_its_chance(tmp_path, monkeypatch):
     assert 20 < len(cells) < 64
     assert record["agree"] == pytest.approx(sum(match[i][c] == true[i][c] for i, c in cells) / len(cells))
     assert record["chance"] == pytest.approx(sum(match[i - 1][c] == true[i][c] for i, c in cells) / len(cells))
+
+
+def test_agreement_on_other_images(tmp_path, capsys, monkeypatch):
+    """What results/geometry.py says of a run: matches that know all are right, but not those of another image."""
+    train("densecl", tmp_path, "--max-steps", 1)
+    found, true_matches = [], densecl.true_matches
+
+    def matches(*maps):
+        return found[-1].clamp(min=0)
+
+    monkeypatch.setattr(densecl, "true_matches", lambda *a: found.append(true_matches(*a)) or found[-1])
+    monkeypatch.setattr(densecl, "matches", matches)
+    monkeypatch.setattr("sys.argv", ["geometry.py", str(tmp_path), "--data", "fake:40", "--workers", "0"])
+    geometry.main()
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    seen, right = found[0] >= 0, found[0].clamp(min=0).roll(1, 0) == found[0]
+    chance = (right.sum(1) / seen.sum(1))[seen.any(1)]
+    for name in ("trained", "untrained"):
+        assert result[name]["agree"] == {"mean": 1.0, "error": 0.0}
+        assert result[name]["chance"]["mean"] == pytest.approx(chance.mean().item(), abs=1e-4)
+        assert result[name]["difference"]["error"] == pytest.approx(chance.std().item() / len(chance) ** 0.5, abs=1e-4)
 
 
 # ------------------------------------------------------------------------------------------------------ model

@@ -1,7 +1,9 @@
 """Relative location: the square, the grid and its patches, nine passes for eight pairs, the loss, and its picture."""
 
 import inspect
+import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from common import rng
 from common.augment import DRAWS, LEFT, TOP
 from common.resnet import resnet
 from relative_loc import RelativeLoc, Square, augmentation, cut, places, position_loss
+from results import geometry
 from tests.helpers import EXACT, SMALL, main, parsed, photo, records, refused, rows, train
 
 BELOW_ONE = 1 - 2.0**-53
@@ -294,6 +297,28 @@ def test_logged_accuracy_is_that_of_the_classifier(tmp_path, monkeypatch):
 )
 def test_mistakes_end_in_one_line(words, message, capsys, tmp_path):
     assert message in refused(capsys, main, "relative_loc", "--data", "fake:64", "--out", tmp_path, *words.split())
+
+
+@pytest.mark.parametrize("words", ["--image-size 8", "--image-size 255 --gap 30", "--image-size 96 --patch-size 40"])
+def test_advice_about_the_grid_can_be_followed(words, capsys, tmp_path):
+    line = refused(capsys, main, "relative_loc", "--data", "fake:64", "--out", tmp_path, *words.split())
+    size = re.search(r": --image-size (\d+) does", line)[1]
+    parsed("relative_loc", *words.split(), "--image-size", size)
+
+
+def test_positions_on_other_images(tmp_path, capsys, monkeypatch):
+    """What results/geometry.py says of a run whose classifier always says "to the right"."""
+    train("relative_loc", tmp_path, "--max-steps", 2)
+    saved = torch.load(tmp_path / "last.pt", weights_only=True)
+    saved["model"]["head.bias"][4] += 100
+    torch.save(saved, tmp_path / "last.pt")
+    monkeypatch.setattr(
+        "sys.argv", ["geometry.py", str(tmp_path), "--data", "fake:30", "--draws", "2", "--workers", "0"]
+    )
+    geometry.main()
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result["images"], result["steps"]) == (10, 2)  # the validation images of fake:30
+    assert result["positions"] == {"mean": 0.125, "error": 0.0}
 
 
 # ---------------------------------------------------------------------------------------------------- picture
