@@ -18,7 +18,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import densecl
 import moco
-from benchmarks.timing import clock, machine, measure, milliseconds, parser, speed, table
+from benchmarks.timing import clock, duration, machine, measure, milliseconds, parser, speed, table
 from common.optim import precision, upcast
 from common.resnet import resnet
 
@@ -81,7 +81,7 @@ def main():
         "densecl.py's step": stepper(densecl.DenseCL(backbones[1], queue=args.queue), densecl_loss, args, views),
     }
     times = measure(jobs, args.repeats, clock(args), args.device, warm_up=True)
-    table(times, "ms", milliseconds, digits=1, columns=speed(times, "moco.py's step"))
+    table(times, "ms", milliseconds, digits=1, columns=duration(times, "moco.py's step"))
 
     cells = backbones[1].stages(views[0][:1].cpu().to(args.device))[-1].shape[2:].numel()
     sizes = [(args.batch_size, 128, cells)] * 2 + [(args.batch_size, backbones[1].dim, cells)] * 2

@@ -56,7 +56,7 @@ def step(model, optimizer, amp, views, order, indices, u, *wanted):
 
 
 def main():
-    flags = parser(__doc__, repeats=10)
+    flags = parser(__doc__, repeats=7)
     flags.add_argument("--arch", default="resnet18")
     flags.add_argument("--width", type=float, default=0.25)
     flags.add_argument("--image-size", type=int, default=32)

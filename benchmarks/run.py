@@ -28,6 +28,11 @@ JOBS = {  # name of the log: (flags, after the script where it has another name;
     "sinkhorn": ("", "compared with the usual forms"),
     "launch": ("", "the loop launches at least 60 % as fast beside the loading process as alone"),
     "relative_loc": ("", "nine patches at least 1.6x eight pairs"),
+    "densecl": ("", "a step at most 1.5x moco.py's"),
+    "interclr": (
+        "",
+        "sampling at most 20 % of a step with N = 50,000; compared with the usual form, also at ImageNet's N",
+    ),
     "step": ("", "every method's step beside the passes through its networks"),
     "startup": ("", "a million files listed within seconds from the second start on"),
 }
