@@ -6,6 +6,7 @@ Other people's files are read by common/formats.py; the tables of common/layouts
 
 import contextlib
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from common import formats, layouts, networks, resnet, swin, vit, xcit
 from common.args import default_size, fail
 from common.distributed import barrier, is_main, print0
 from common.files import atomic, make_folder
+from common.folders import nearest_name
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
@@ -49,11 +51,25 @@ def save_file(path, state, keep=False):
 def load_file(path, flag, trust_pickle=False):
     """The dictionary in a file, or in a folder as Hugging Face has it. `flag` names it in the message that ends the
     program when it cannot be read. trust_pickle: the file's origin is trusted, its pickle may run anything."""
+    if not str(path).strip():
+        fail(f"{flag} is empty: name a file")
     if not Path(path).exists():
-        fail(f"{flag} {path}: no such file")
+        fail(f"{flag} {path}: no such file{_missing(Path(path))}")
     remedy = "add" if flag == "--pretrained" else "convert it by export.py"
     state, problem = formats.read(path, trust_pickle, remedy)
     return state if problem is None else fail(f"{flag} {path} {problem}")
+
+
+def _missing(path):
+    """Why a file may not be there."""
+    if re.match(r"\w+:/", str(path)):
+        return "; it is an address: download it first"
+    if os.path.islink(path):
+        remedy = ": run git annex get where it was cloned" if "annex/objects" in os.readlink(path) else ""
+        return f", but a link to {os.readlink(path)}, which does not exist{remedy}"
+    with contextlib.suppress(OSError):
+        return nearest_name(path.name, os.listdir(path.parent))
+    return f"; there is no folder {path.parent}"
 
 
 def save_run(args, step, images, model, optimizer, scaler, backbone, view):
@@ -201,7 +217,8 @@ def find_backbone(state, where, arch=None, key=None):
                 fail(f"{where}: config.json has {setting} {there}, this network is not built here ({value} is)")
     for name, value in best.weights.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
-            fail(f"{where}: {name} holds numbers that are not finite: the run has diverged, take an earlier file")
+            remedy = f"take an earlier file{', or another copy by --pretrained-key' if len(found) > 1 else ''}"
+            fail(f"{where}: {name} holds numbers that are not finite: the run has diverged, {remedy}")
     if others := _copies(state, best, found):
         place = best.place.removesuffix(".") or "the first level"
         flag = "--pretrained-key" if where.startswith("--pretrained") else "export.py --pretrained-key"
@@ -238,7 +255,8 @@ def make_network(found, shape, where):
         return networks.Library(**shape)
     if found.family == "vit" and shape["heads"] is None:
         dim = round(vit.ARCHS[shape["arch"]][0] * shape["width"])
-        fail(f"{where}: a ViT of {dim} dimensions, whose number of heads is not known; try --arch")
+        likely = " or ".join(f"{name} ({row[2]})" for name, row in vit.ARCHS.items() if dim % row[2] == 0)
+        fail(f"{where}: a ViT of {dim} dimensions, whose number of heads is not known: --arch {likely or 'of it'}")
     with torch.device("meta"):
         if found.family in MAKERS:
             return MAKERS[found.family](**shape)

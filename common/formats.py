@@ -21,18 +21,32 @@ import numpy as np
 import torch
 from torch import nn
 
+ENDINGS = (".pt", ".pth", ".ckpt", ".bin", ".safetensors", ".pth.tar", ".pt.tar")
 WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors", "pytorch_model.bin", "pytorch_model-*-of-*.bin")
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}  # of safetensors
 DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 DTYPES |= {"BOOL": torch.bool}
 
+WRITE = "torch.save({name: tensor}, ...) of its arrays, under the names of torchvision or timm, can be read"
+SOURCE = "take the file that it was made from"
 # How other files begin, and what they are.
 SIGNS = (
     (rb"version https://git-lfs", "is a Git LFS pointer, not the file itself: run git lfs pull where it was cloned"),
+    (rb"# xet version", "is a pointer, not the file itself: run git lfs pull where it was cloned"),
+    (rb"[./\w]*annex/objects/", "is a git-annex pointer, not the file itself: run git annex get where it was cloned"),
+    (rb"(#.*?\n|\s)*(outs:|md5: )", "is a DVC pointer, not the file itself: run dvc pull where it was cloned"),
     (rb"(\xef\xbb\xbf)?\s*<", "is a web page, not a checkpoint: the download needs another address, or a login"),
     (rb"\x1f\x8b|BZh|\xfd7zXZ|7z\xbc\xaf|Rar!|\x28\xb5\x2f\xfd|.{257}ustar", "is an archive: unpack it"),
+    (
+        rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF.{4}WEBP|BM.{4}\0{4}|II\*\0|MM\0\*",
+        "is an image, not a checkpoint",
+    ),
     (rb"\x89HDF", "is an HDF5 file, of Keras for instance, and holds no network that is known here"),
-    (rb"\x93NUMPY", "is a NumPy array, not a checkpoint"),
+    (rb"\x93NUMPY", f"is a NumPy array, not a checkpoint: {WRITE}"),
+    (rb"\x08[\x01-\x14][\x12\x3a\x42]|.{4}TFL3", f"is a file of ONNX or TensorFlow, not a checkpoint: {SOURCE}"),
+    (rb"[\x81-\x8f\xde\xdf][^\0]?\0?.?[\xa1-\xbf\xd9\xda]", f"is a MessagePack file, of Flax for instance: {WRITE}"),
+    (rb"GGUF", f"is a GGUF file, not a checkpoint: {SOURCE}"),
+    (rb"%PDF", "is a document, not a checkpoint"),
     (rb"\0{64}", "begins with zeros: its download was never written"),
 )
 OLD = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the first of five pickles with which files before torch 1.6 begin
@@ -51,19 +65,20 @@ def read(path, trust_pickle=False, remedy="add"):
                 if problem:
                     return None, f"holds {file.name}, which {problem}"
                 state |= part
-            return (state, None) if state else (None, "is a folder: name the file in it, backbone.pt or last.pt")
+            return (state, None) if state else (None, _folder(path))
         with open(path, "rb") as file:
             head = file.read(512)
         if problem := _recognise(path, head):
             return None, problem
-        if head[7:9] == b"\0{":
+        if head[7:9] == b"\0{" or (path.suffix == ".safetensors" and not head.startswith((b"PK", b"\x80"))):
             state = _read_safetensors(path)
-        else:
-            with torch.serialization.safe_globals(harmless_types()):
-                state = torch.load(path, "cpu", PICKLE if trust_pickle else None, weights_only=not trust_pickle)
+        else:  # from the open file: the name might end in .safetensors
+            with torch.serialization.safe_globals(harmless_types()), open(path, "rb") as file:
+                state = torch.load(file, "cpu", PICKLE if trust_pickle else None, weights_only=not trust_pickle)
     except Exception as error:  # a damaged file can raise anything
         return None, _explain(path, error, None if trust_pickle else remedy)
     state = state.state_dict() if isinstance(state, nn.Module) else state  # only if the pickle is trusted
+    state = {str(i): part for i, part in enumerate(state)} if isinstance(state, (list, tuple)) else state
     if not isinstance(state, dict):
         return None, f"holds a {type(state).__name__}, not a dictionary of weights"
     beside = ("config.json", "preprocessor_config.json") if path.suffix in (".safetensors", ".bin") else ()
@@ -84,10 +99,30 @@ def _recognise(path, head):
         with zipfile.ZipFile(path) as file:
             names = file.namelist()
         if not any(name.endswith("data.pkl") for name in names):
-            return f"is a zip archive of {', '.join(names[:3]) or 'nothing'}, not a checkpoint"
+            return f"is a zip archive of {', '.join(names[:3]) or 'nothing'}, not a checkpoint{_zip_remedy(names)}"
+    if head.startswith(b"\x80") and OLD[3:] not in head and not OLD.startswith(head):  # torch would run it, and give up
+        return _cut(path) if _ends_early(path) else f"is a pickle that torch.save did not write: {WRITE}"
     if not re.search(rb"^\x80|[^\t\n\r -~\x80-\xff]", head):
         return f"is not a checkpoint but text: {head[:60].decode(errors='replace').strip()!r}"
     return None
+
+
+def _zip_remedy(names):
+    if all(name.endswith(".npy") for name in names):
+        return f": {WRITE}"
+    if any("data/weights/" in name or "archive_format" in name for name in names):  # of torch.export
+        return f": {SOURCE}"
+    return ": unpack it" if any(name.endswith(ENDINGS) for name in names) else ""
+
+
+def _folder(path):
+    """What to say of a folder without weights of Hugging Face."""
+    if any(path.glob("*.distcp")):
+        tool = "python -m torch.distributed.checkpoint.format_utils dcp_to_torch"
+        return f"is a distributed checkpoint: {tool} {path} FILE.pt makes one file of it"
+    names = sorted(file.relative_to(path).as_posix() for file in path.glob("**/*") if file.name.endswith(ENDINGS))
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"is a folder: name the file in it, {', '.join(names[:5])}{more}" if names else "is a folder without weights"
 
 
 def _cut(path):
@@ -110,8 +145,13 @@ def _ends_early(path):
 def _explain(path, error, remedy):
     reason = re.sub("(?s).*Unpickler error: ", "", str(error)).strip() or type(error).__name__
     reason = reason.splitlines()[0][:120]
-    if isinstance(error, EOFError) or re.search(CUT, str(error)) or _ends_early(path):
+    with open(path, "rb") as file:
+        head = file.read(len(OLD))
+    pickled = head.startswith(b"\x80")
+    if isinstance(error, EOFError) or re.search(CUT, str(error)) or (pickled and _ends_early(path)):
         return _cut(path)
+    if not pickled and not head.startswith((b"PK", OLD)) and head[7:9] != b"\0{":
+        return f"is a file of no known kind: it begins with {head[:8]!r}"
     foreign = re.search(r"GLOBAL (\S+)|(TorchScript)", str(error))
     if foreign and remedy:
         trust = f"If you trust the origin of the file: {remedy} --trust-pickle"
@@ -133,8 +173,9 @@ def _read_json(path):
 def harmless_types():
     """What published files hold beside tensors and what can do nothing but store values: arguments, paths, numbers."""
     kinds = [argparse.Namespace, np.dtype, *{type(np.dtype(code)) for code in "?bBhHiIlLqQefd"}]
-    scalar = np.float64(0).__reduce__()[0]
-    kinds += [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    for function in (np.float64(0).__reduce__()[0], np.zeros(0).__reduce__()[0]):  # scalar, _reconstruct
+        kinds += [(function, f"numpy.{core}.multiarray.{function.__name__}") for core in ("core", "_core")]
+    kinds += [np.ndarray]
     for module in ("pathlib", "pathlib._local"):  # the second name is that of Python 3.13
         for name in ("Posix", "PurePosix", "Windows", "PureWindows"):
             kind = pathlib.PureWindowsPath if "Windows" in name else pathlib.PurePosixPath

@@ -10,6 +10,7 @@ checkpoint.py, not here.
 import re
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torchvision.models.resnet import Bottleneck
 
@@ -187,6 +188,10 @@ def containers(state):
         seen.add(id(part))
         for key, value in part.items():
             name = re.sub(WRAPPERS, "", f"{key}.")
+            if isinstance(value, (list, tuple)):
+                value = {i: item for i, item in enumerate(value) if isinstance(item, (dict, list, tuple))}
+            if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+                value = torch.from_numpy(value)
             if isinstance(value, dict):
                 rest.append((path + name, value))
             elif isinstance(value, torch.Tensor):
@@ -248,7 +253,7 @@ def candidates(state, key=None):
                 continue  # a stage of another network
             if not own and _reads_edges(weights):
                 weights, name = weights | {"input_filter": EDGES}, "DeepCluster"
-            meta, words = own.meta if own else _told(state), set(re.split("[._]", place))
+            meta, words = own.meta if own else _told(state), set(re.split("[._]", place.lower()))
             entry = Found(name, naming.family, weights, place, naming, layout, _total(tensors), meta)
             found.append(((number, 2 * bool(words & COPIES) or int("teacher" in words), len(place)), entry))
     return [entry for _, entry in sorted(found, key=lambda pair: pair[0])]

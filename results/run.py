@@ -39,6 +39,8 @@ RECIPES = {
     "mocov3": "--lr 16 --warmup-epochs 1 --temperature 0.2 --hidden-dim 512",
     "rotation_pred": "--lr 0.4 --weight-decay 5e-4 --nesterov --warmup-epochs 1 --milestones 5 9 12 --decay 0.2",
     "relative_loc": "--image-size 28 --lr 0.4 --weight-decay 5e-4 --hidden-dim 512 --warmup-epochs 1",
+    "dino": "--local-crops 4 --out-dim 1024 --hidden-dim 512 --bottleneck-dim 128 --warmup-epochs 1"
+    " --teacher-momentum 0.99 --head-norm --lr 0.2 --weight-decay 5e-4",
     "mae": "--arch vit_tiny --width 0.5 --depth 6 --patch-size 4 --decoder-dim 64 --decoder-depth 2 --decoder-heads 4"
     " --lr 4e-3 --warmup-epochs 2 --pictures-every 5",
 }

@@ -18,6 +18,7 @@ OTHERS |= {
     "pack": "/nowhere --out /nowhere",
     "export": "--pretrained random --to torchvision --out /nowhere/x.pt",
     "plot": "/nowhere",
+    "predict": "--pretrained /nowhere --data fake:8",
 }
 
 
