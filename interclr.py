@@ -78,8 +78,7 @@ def parse_args(argv=None):
 def augmentation(size, crop_min=0.2, flip=0.5):
     """Both views alike: that of MoCo v2."""
     jitter, blur = (0.4, 0.4, 0.4, 0.1), 0.5 if size > 64 else 0.0
-    view = View(size=size, area=(crop_min, 1.0), flip=flip, jitter=jitter, jitter_p=0.8, gray_p=0.2, blur_p=blur)
-    return [view, view]
+    return 2 * [View(size=size, area=(crop_min, 1.0), flip=flip, jitter=jitter, jitter_p=0.8, gray_p=0.2, blur_p=blur)]
 
 
 # ------------------------------------------------------------------------------------------------------ model
@@ -242,7 +241,7 @@ def main(args):
         reason = f": the usual 65,536 are more than {len(data):,} images"
     if queue < args.batch_size:
         fail(f"--queue {queue} cannot hold the keys of a step: use at least --batch-size, {args.batch_size}")
-    n, pool = len(data), args.pool or len(data) // 10
+    n, pool = len(data), args.pool or max(1, len(data) // 10)
     clusters = args.clusters or max(2, min(10000, n // 100))
     if clusters * max(1, args.min_cluster) > n:  # else the largest cluster is never a small one
         fail(f"--clusters {clusters} of --min-cluster {args.min_cluster} are too many for {n} images: lower one")
