@@ -115,7 +115,7 @@ def main(args):
         how = (view, device, args.workers, args.batch_size, amp)
         bank, labels = extract(model, train, *how, replace=False)
         queries, targets = extract(model, test, *how, replace=False)
-        if broken := broken_rows(bank, train, "training") or broken_rows(queries, test, "test"):
+        if broken := broken_rows(bank, train, "training", amp) or broken_rows(queries, test, "test", amp):
             fail(f"--pretrained {args.pretrained}: {broken}")
         table, best = {}, (-1,)
         for name, x, q in zip(names, bank.split(dims, 1), queries.split(dims, 1), strict=True):

@@ -76,7 +76,7 @@ from common.features import broken_rows, extract, features, usual_interpolation
 from common.files import make_folder, result_folder
 from common.loader import Loader, agree_on_undecodable, eval_batches
 from common.log import Stop, bar, facts, report
-from common.optim import LARS, cosine, param_groups, precision
+from common.optim import LARS, cosine, or_precise, param_groups, precision
 from common.run import start_device
 from common.vit import ViT
 
@@ -251,7 +251,7 @@ class Cached:
         for p in probes:  # of the images that can be decoded
             p.steps = len(self.train[1]) // p.protocol.batch or fail(f"{p.name}: too few images can be decoded")
         for part in (f for parts in self.train[0].values() for f in parts):
-            if broken := broken_rows(part.flatten(1), live.train, "training"):
+            if broken := broken_rows(part.flatten(1), live.train, "training", live.amp):
                 fail(broken)
         self.test_set = self._extract(live, live.test_set, wanted)
         size = sum(f.numel() * f.element_size() for parts in self.train[0].values() for f in parts)
@@ -493,7 +493,7 @@ def evaluate_small(args, backbone, meta, data, test, classes, device, amp):
     found = []
     for dataset, which in ((data, "training"), (test, "test")):
         found += extract(backbone, dataset, view, device, args.workers, MICRO, amp, replace=False)
-        if broken := broken_rows(found[-2], dataset, which):
+        if broken := broken_rows(found[-2], dataset, which, amp):
             fail(f"--pretrained {args.pretrained}: {broken}")
     (x, labels, queries, targets), rates = found, args.lr or RATES
     n = len(labels)
@@ -572,7 +572,7 @@ def make_probes(names, args, backbone, meta, classes, images, amp):
     blank = next(backbone.parameters()).new_zeros(1, meta["channels"], size, size)
     found = features(backbone, blank, {p.feature for p in chosen.values()}, amp)
     if not all(f.isfinite().all() for parts in found.values() for f in parts):
-        cure = "its weights are damaged, or try --precision fp32"
+        cure = f"its weights are damaged{or_precise(amp)}"
         fail(f"--pretrained {args.pretrained}: features are not finite: {cure}")
     statistics = {"mean": tuple(meta["mean"]), "std": tuple(meta["std"])}
     probes = []

@@ -399,7 +399,7 @@ def main(args):
     parts, sets = [], [open_images(root, ids, meta["channels"]) for ids in (train_ids, test_ids)]
     for dataset, which in zip(sets, ("trainval", "test"), strict=True):
         parts.append(extract(model, dataset, view, device, args.workers, args.batch_size, amp, replace=False)[0])
-        if broken := broken_rows(parts[-1], dataset, which):
+        if broken := broken_rows(parts[-1], dataset, which, amp):
             fail(f"--pretrained {args.pretrained}: {broken}")
     if any(dataset.undecodable for dataset in sets):
         train, tested = (np.delete(t, sorted(d.undecodable), 0) for t, d in zip((train, tested), sets, strict=True))

@@ -32,7 +32,7 @@ from common.features import Features, usual_interpolation
 from common.files import atomic, make_folder, result_folder, temporary
 from common.loader import agree_on_undecodable, eval_batches, eval_share
 from common.log import bar
-from common.optim import precision
+from common.optim import or_precise, precision
 from common.run import start_device
 
 
@@ -85,8 +85,8 @@ def write_features(files, model, dataset, view, device, args, amp):
     if any_process(overflow, device):  # here every process waits for the others
         for file in files:
             temporary(file).unlink(missing_ok=True)
-        remedy = "leave --fp16 out" if args.fp16 else "try --precision fp32"
-        fail(f"--pretrained {args.pretrained}: some features overflow; {remedy}")
+        remedy = "leave --fp16 out" if args.fp16 else f"its weights or an image are damaged{or_precise(amp)}"
+        fail(f"--pretrained {args.pretrained}: some features are not finite: {remedy}")
     if is_main():
         for file, shape in zip(files, shapes, strict=True):
             temporary(file).replace(file)

@@ -32,7 +32,7 @@ from common.datasets import Files, open_split
 from common.distributed import end_processes, is_main, print0
 from common.files import atomic, make_folder, result_folder
 from common.images import EXTENSIONS, survey
-from common.optim import precision
+from common.optim import or_precise, precision
 from common.pictures import original, shorten
 from common.run import start_device
 
@@ -104,7 +104,8 @@ def main(args):
     p = predict(model, dataset, view, args.batch_size, device, args.workers, amp)
     end_processes()
     if not np.isfinite(p).all():
-        fail(f"--pretrained {args.pretrained}: some outputs are not finite; try --precision fp32")
+        cause = f"its weights or an image are damaged{or_precise(amp)}"
+        fail(f"--pretrained {args.pretrained}: some outputs are not finite: {cause}")
     if not is_main():
         return
     k, names = min(args.topk, len(classes)), class_names(dataset)

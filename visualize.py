@@ -42,7 +42,7 @@ from common.files import atomic, make_folder, result_folder
 from common.images import BadImage, to_tensor
 from common.knn import nearest
 from common.networks import network
-from common.optim import precision
+from common.optim import or_precise, precision
 from common.pictures import rgb, shorten
 from common.resnet import SMALL as SMALL_STEM
 from common.resnet import ResNet, resnet
@@ -319,7 +319,8 @@ def main(args):
     if not is_main():
         return
     if not features.isfinite().all():
-        fail(f"--pretrained {args.pretrained}: some features overflow; try --precision fp32")
+        cause = f"its weights or an image are damaged{or_precise(amp)}"
+        fail(f"--pretrained {args.pretrained}: some features are not finite: {cause}")
     names, trained = class_names(dataset), meta["method"] != "random"
     title = f"{meta['method'] if trained else RANDOM}, {meta['arch']}"
     title += "" if meta["width"] == 1 else f" x {meta['width']:g}"

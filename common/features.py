@@ -11,7 +11,7 @@ from common.args import fail
 from common.distributed import gather_uneven
 from common.loader import agree_on_undecodable, eval_batches, eval_share
 from common.log import bar
-from common.optim import upcast
+from common.optim import or_precise, upcast
 from common.vit import ViT
 
 # Stages of ResNet-50 at 224 pixels, by channels: side; kernel, stride, padding of average pooling (Goyal et al. 2019)
@@ -116,9 +116,9 @@ def usual_interpolation(backbone):
     return "bicubic" if hasattr(backbone, "patch_size") else "bilinear"
 
 
-def broken_rows(features, dataset, which):
+def broken_rows(features, dataset, which, amp=None):
     """What to say of rows of features (N, D) that are not finite, which make every figure that rests on them wrong: how
-    many, of which of the `which` images, what to do. "" if there are none."""
+    many, of which of the `which` images, what to do. "" if there are none. amp: under which they were computed."""
     parts = [~part.isfinite().all(1) for part in features.split(2**16)]
     rows = torch.cat(parts).nonzero().flatten().tolist() if parts else []
     if not rows:
@@ -128,7 +128,7 @@ def broken_rows(features, dataset, which):
     images = ", ".join(str(dataset.path(there[i])) for i in rows[:3]) + (" ..." if len(rows) > 3 else "")
     cause = "its weights are damaged" if len(rows) == len(features) else f"look at these images: {images}"
     many = f"{len(rows):,} of {len(features):,} {which} images"
-    return f"the network's features of {many} are not finite; {cause}, or try --precision fp32"
+    return f"the network's features of {many} are not finite; {cause}{or_precise(amp)}"
 
 
 @torch.no_grad()

@@ -34,6 +34,10 @@ def result_folder(pretrained, out=None):
 
 def make_folder(path):
     """Makes the folder of --out, or ends the program. Returns it."""
+    if not str(path).strip():
+        fail("--out is empty: name a folder")
+    if Path(path).is_file():
+        fail(f"--out {path} is a file: name a folder")
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:

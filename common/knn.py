@@ -113,7 +113,7 @@ def knn_monitor(backbone, train, val, view, device, workers, amp):
     sets = evenly_spaced(train, 10_000), evenly_spaced(val, 2_000)
     how = {"workers": workers, "amp": amp, "replace": False}
     (bank, labels), (queries, targets) = (extract(backbone, s, view, device, **how) for s in sets)
-    if broken := broken_rows(bank, sets[0], "training") or broken_rows(queries, sets[1], "validation"):
+    if broken := broken_rows(bank, sets[0], "training", amp) or broken_rows(queries, sets[1], "validation", amp):
         print0(f"note: no k-NN accuracy: {broken}")
         return {}
     return {"knn": round(knn(bank, labels, queries, targets)[20][0], 2)}

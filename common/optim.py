@@ -97,6 +97,11 @@ def precision(name, device):
     return amp, scaler, torch.float64 if name == "fp64" else torch.float32
 
 
+def or_precise(amp):
+    """What may help, too, against numbers that are not finite, under the autocast that `precision` gave, if any."""
+    return ", or try --precision fp32" if isinstance(amp, torch.autocast) else ""
+
+
 def upcast(tensor):
     """At least single precision: losses, softmax and distances are never computed in 16 bits."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

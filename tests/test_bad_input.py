@@ -133,6 +133,31 @@ def test_advised_batches_can_be_used(images, world, accum, capsys, monkeypatch):
         assert near % parts == 0 and near >= 2 * parts and abs(near - 6 * images - 1) < 2 * parts
 
 
+@pytest.mark.parametrize(
+    "out, message", [("", "--out is empty"), ("f", "--out f is a file"), ("f/g", "cannot be made")]
+)
+def test_results_need_a_folder(out, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "f").touch()
+    assert message in refused(capsys, train, "simsiam", out, "--max-steps", 1)
+
+
+@pytest.mark.parametrize("gap", [0, 1, 5, 13])
+def test_advised_sizes_of_squares_can_be_used(gap, capsys):
+    for size in range(8, 60):
+        try:
+            parsed("relative_loc", "--image-size", size, "--gap", gap)
+        except SystemExit:
+            advised = re.search(r"--image-size (\d+) does", capsys.readouterr().err)[1]
+            parsed("relative_loc", "--image-size", advised, "--gap", gap)
+
+
+@pytest.mark.parametrize("script", ["odc", "interclr"])
+def test_eight_images_can_be_clustered(script, tmp_path):
+    words = "--data fake:8 --arch resnet18 --width 0.125 --image-size 16 --batch-size 4 --workers 0 --max-steps 1"
+    main(script, *words.split(), "--min-cluster", 1, "--epochs", 1, "--out", tmp_path)
+
+
 @pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda path: path.name)
 def test_ctrl_c_while_torch_is_imported(path, tmp_path):
     (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")

@@ -240,7 +240,9 @@ def test_rows_that_are_not_finite_are_told(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(eval_knn, "extract", one)
     error = refused(capsys, main, "eval_knn", "--pretrained", write_resnet(tmp_path / "own.pt"), *RUN)
-    assert "1 of 1,438 training images" in error and "image 3" in error and "--precision fp32" in error
+    assert "1 of 1,438 training images" in error and "image 3" in error and "--precision" not in error  # which is fp32
+    error = refused(capsys, main, "eval_knn", "--pretrained", tmp_path / "own.pt", *RUN, "--precision", "bf16")
+    assert "or try --precision fp32" in error
     assert not (tmp_path / "eval_knn.json").exists()
 
 

@@ -218,4 +218,4 @@ def test_one_line_for_a_mistake(classes, tmp_path, capsys, monkeypatch):
     assert "--perplexity 18 must be smaller" in refused(capsys, run, *words, "--tsne", "--perplexity", 18)
     assert "--k" in refused(capsys, run, *words, "--k", 0) and "--points" in refused(capsys, run, *words, "--points", 4)
     monkeypatch.setattr(Features, "forward", lambda self, x: torch.full((len(x), self.dim), torch.inf))
-    assert "some features overflow" in refused(capsys, run, *words)
+    assert "some features are not finite" in refused(capsys, run, *words)
