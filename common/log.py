@@ -82,7 +82,7 @@ class Logger:
 
     def __init__(self, args, loader, total, start, chance=None, name="log"):
         self.args, self.loader, self.total, self.chance = args, loader, total, chance
-        self.last, self.start = min(total, args.max_steps) if args.max_steps else total, start
+        self.last = min(total, args.max_steps) if args.max_steps else total
         self.recent, self.warned, self.stop, self.bar = [], set(), Stop(), None
         self._mark(start)
         if not is_main():
@@ -194,7 +194,7 @@ class Logger:
         saved = Path(self.args.out) / ("last.pt" if self.path.stem == "log" else f"{self.path.stem}_last.pt")
         device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
         precise = precision_name(self.args.precision, device) in ("fp32", "fp64")
-        cures = [] if step == self.start + 1 else ["lower --lr"]  # no rate has been applied before the first step
+        cures = [] if step == 1 else ["lower --lr"]  # no rate has been applied before the first step
         cures += [] if precise else ["try --precision fp32"]
         cures = cures or ["it is the first step, so look for such numbers in the images and in --init"]
         state = f"The last good state is in {saved}" if saved.exists() else "No state has been saved"

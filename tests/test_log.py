@@ -16,9 +16,9 @@ from common.log import Logger
 from tests.helpers import logged, parsed, records, train
 
 
-def logger(out, start=0, **more):
+def logger(out, **more):
     words = f"--out {out} --log-every 1 --batch-size 4 --workers 2".split()
-    return Logger(parsed("simsiam", *words), types.SimpleNamespace(waited=0.0, epoch_steps=10), 10_000, start, **more)
+    return Logger(parsed("simsiam", *words), types.SimpleNamespace(waited=0.0, epoch_steps=10), 10_000, 0, **more)
 
 
 def warnings(capsys):
@@ -79,11 +79,11 @@ def test_loss_that_is_not_finite_names_what_came_before(tmp_path, capsys):
 )
 def test_cures_of_a_loss_that_is_not_finite_can_work(words, first, cure, tmp_path, capsys):
     """No rate is blamed before the first step, no precision advised that is there already, no state that is not."""
-    run = logger(tmp_path, start=4)
+    run = logger(tmp_path)
     run.args = run.args.replace(precision=words.split()[1])
     (tmp_path / "last.pt").touch()
     with pytest.raises(SystemExit):
-        run.log(5 if first else 6, 0.2, float("nan"), 0.1)
+        run.log(1 if first else 2, 0.2, float("nan"), 0.1)
     assert capsys.readouterr().err.endswith(f"The last good state is in {tmp_path}/last.pt: {cure}\n")
 
 
