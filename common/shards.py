@@ -127,9 +127,10 @@ def _tars(paths):
     return [path for path in named or paths if is_tar(path)]
 
 
-def find(data, split):
+def find(data, split, listed=False):
     """(archives of a split, is it theirs by their names?), ([], False) where --data names no archives: a path, a range
-    or pattern, or a folder that holds archives instead of images, or whose folder of this split does."""
+    or pattern, or a folder that holds archives instead of images, or whose folder of this split does.
+    listed: a list names the images, so that folders of splits mean nothing."""
     data = os.path.expanduser(data)
     named = expand(data) or ([data] if is_tar(data) else [])
     if named:
@@ -145,7 +146,7 @@ def find(data, split):
     if not os.path.isdir(data):
         return [], False
     there, folders = _inside(data)
-    if folders and (divided := find_splits(Path(data))):
+    if folders and not listed and (divided := find_splits(Path(data))):
         there, folders = _inside(divided[split]) if split in divided else ([], True)
         tars = [] if folders else _tars(there)
         return tars, bool(tars)
@@ -162,7 +163,7 @@ def find(data, split):
 def select(data, split, image_list=None):
     """The images of a split in the archives that --data names: (paths of the archives, Index of them, labels (N,) or
     None, names of the classes or None). The Index is None where they have no such split; None without archives."""
-    paths, divided = find(data, split)
+    paths, divided = find(data, split, image_list is not None)
     if not paths:
         return None if not divided else (paths, None, None, None)
     index, where = index_of(paths, EXTENSIONS), paths[0] if len(paths) == 1 else data

@@ -156,6 +156,7 @@ def test_advised_sizes_of_squares_can_be_used(gap, capsys):
 def test_eight_images_can_be_clustered(script, tmp_path):
     words = "--data fake:8 --arch resnet18 --width 0.125 --image-size 16 --batch-size 4 --workers 0 --max-steps 1"
     main(script, *words.split(), "--min-cluster", 1, "--epochs", 1, "--out", tmp_path)
+    assert state(tmp_path)["step"] == 1
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda path: path.name)

@@ -5,7 +5,9 @@ import json
 import unicodedata
 
 import pytest
+from PIL import Image
 
+from common.datasets import open_dataset
 from common.folders import note
 from common.lists import in_folder, in_names, read_list
 from tests.helpers import refused
@@ -192,3 +194,14 @@ def test_lists_of_an_archive(tmp_path):
     (tmp_path / "list.txt").write_text(f"{NFC},1\r\nb.jpg,0\r\n", encoding="utf-16")
     paths, labels, _ = read_list("list.txt", "val", in_names([NFD, "b.jpg"]), tmp_path / "x.tar")
     assert paths == [NFD, "b.jpg"] and labels.tolist() == [1, 0]
+
+
+def test_folders_of_splits_mean_nothing_beside_a_list(tmp_path, capsys):
+    """A list may name images of several data sets, each with its own train/."""
+    names = ["first/train/a.png", "second/train/b.png", "second/val/c.png"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    found = open_dataset(tmp_path, "train", tmp_path / "list.txt")
+    assert [found.names[i].decode() for i in range(3)] == names and capsys.readouterr().out == ""
