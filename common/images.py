@@ -124,7 +124,7 @@ def survey(dataset, most=8):
         if _is_deep(pixels):
             dataset.dtype = torch.float32
         if pixels is not None and not pixels.white:
-            top = max(top, np.nanmax(pixels.values))
+            top = max(top, float(np.nanmax(pixels.values)))  # half precision would not hold 65535
             lowest = 1 if pixels.values.dtype.kind == "f" else lowest
     fitting = [white for white in (1, 255, 65535) if lowest <= white >= top]
     dataset.white = (fitting or [65535])[0] if top > -math.inf else 0
