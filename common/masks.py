@@ -23,7 +23,8 @@ def block_masks(seeds, grid, count, minimum=16, aspect=0.3, exact=True):
     seeds = (np.reshape(seeds, -1) * 2.0**53).astype(np.int64)
     missing, low = np.broadcast_to(count, len(seeds)).astype(np.float64), np.log(aspect)
     if np.max(count) > rows * columns or round(minimum**0.5) >= min(grid):
-        raise ValueError(f"{np.max(count)} patches in blocks of {minimum} or more do not fit into a grid of {rows} x {columns}")
+        blocks = f"{np.max(count)} patches in blocks of {minimum} or more"
+        raise ValueError(f"{blocks} do not fit into a grid of {rows} x {columns}")
     masks = np.zeros((len(seeds), rows, columns), bool)
     table = np.zeros((len(seeds), rows + 1, columns + 1), np.int64)  # masked patches above and to the left
     y, x = np.arange(rows)[:, None], np.arange(columns)
