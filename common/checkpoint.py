@@ -291,14 +291,12 @@ def refuse_tensors(where, name, network, weights, why=""):
 
 def resize_positions(weights, network):
     """The weights with the positions of a ViT interpolated to the grid of the network."""
-    table = weights.get("pos_embed")
-    if table is None or not hasattr(network, "grid") or table.ndim != 3:
+    if not hasattr(network, "grid"):
         return weights
-    side = round((table.shape[1] - 1) ** 0.5)
-    if (side, side) == network.grid or table.shape[1] != 1 + side * side:
-        return weights
-    print0(f"positions   {side} x {side} patches resized to {network.grid[0]} x {network.grid[1]} (bicubic)")
-    return weights | {"pos_embed": vit.resize_positions(table.float(), (side, side), network.grid)}
+    fitting, side = vit.fit_positions(weights, network.grid)
+    if side:
+        print0(f"positions   {side} x {side} patches resized to {network.grid[0]} x {network.grid[1]} (bicubic)")
+    return fitting
 
 
 def load_pretrained(args):
@@ -383,7 +381,8 @@ def build_backbone(found, path, arch=None, width=None, image_size=None, channels
         usual = vit.ARCHS[shape["arch"]][1]
         kind += f", {shape['depth']} blocks instead of {usual}" if shape["depth"] != usual else ""
         kind += f", patches of {patch}, {shape['heads']} heads"
-        kind += "" if "heads" in found.meta else " (assumed from layout and dimension: the tensors do not show it)"
+        told = "heads" in found.meta or shape["relative"] != "none"
+        kind += "" if told else " (assumed from layout and dimension: the tensors do not show it)"
         name = layouts.FIXED.get(shape["positions"], name) if name == "unknown" else name
     elif found.family in MAKERS:
         size = image_size or found.meta.get("image_size", size)

@@ -267,7 +267,13 @@ def _fits(layout, place, state, tensors):
 
 
 def _renamed(weights, renames):
-    weights = {k: v for k, v in namings.renamed(weights, renames).items() if not re.match(HEADS, k)}
+    weights = namings.renamed(weights, renames | {r"\.gamma_([12])$": r".ls\1.gamma"})
+    weights = {k: v for k, v in weights.items() if not re.match(HEADS, k)}
+    for name in [name for name in weights if name.endswith(".attn.q_bias")]:  # a bias of all keys changes no attention
+        start = name.removesuffix("q_bias")
+        if (values := weights.pop(f"{start}v_bias", None)) is not None:
+            parts = weights.pop(name), torch.zeros_like(values), values
+            weights[f"{start}qkv.bias"] = torch.cat(parts)
     for name in [name for name in weights if ".attn.q." in name]:  # queries, keys and values are one layer here
         parts = [weights.get(name.replace(".attn.q.", f".attn.{part}.")) for part in "qkv"]
         if all(part is not None and part.shape == parts[0].shape and part.ndim for part in parts):
@@ -314,14 +320,20 @@ def vit_shape(weights, heads=(), arch=None):
         usual = vit.ARCHS[name][2]
     side = round((table.shape[1] - 1) ** 0.5)
     positions = _positions(table, dim, side)
+    tables = {"block": f"blocks.0.attn.{vit.TABLE}", "shared": f"rel_pos_bias.{vit.TABLE}"}
+    relative = next((kind for kind, name in tables.items() if name in weights), "none")
+    bias = shaped(weights, tables.get(relative), 0, 0)
+    if relative != "none" and "pos_embed" not in weights:
+        side, positions = vit.table_side(bias), "none"
     if dim == 384 and positions == "sincos-yx":  # among published ViT-S only those of MoCo v3 have this table
         heads = (384, 12)
-    usual = heads[1] if heads and heads[0] == dim else usual
+    usual = heads[1] if heads and heads[0] == dim else bias.shape[1] or usual
     hidden = len(shaped(weights, "blocks.0.mlp.fc1.weight", 4 * dim, dim))
     usual = usual if usual and dim % usual == 0 and dim % 4 == 0 else None
     depth = len({k.split(".")[1] for k in weights if k.startswith("blocks.")})
     told = {"arch": name, "width": dim / vit.ARCHS[name][0], "image_size": max(1, side) * patch, "patch_size": patch}
     told |= {"channels": proj.shape[1], "depth": depth, "heads": usual, "positions": positions}
+    told["relative"] = relative
     told["pool"] = "mean" if "fc_norm.weight" in weights and "norm.weight" not in weights else "cls"
     # the ratio is rounded down after multiplying with dim; the values of the scale are in the file, this asks for them
     return told | {"mlp_ratio": (hidden + 0.5) / dim, "layer_scale": float("blocks.0.ls1.gamma" in weights)}
@@ -340,6 +352,7 @@ def _family(weights):
         "pos_embed": "vit",
         "layers.0.blocks.0.norm1.weight": "swin",
         "pos_embeder.token_projection.weight": "xcit",
+        "blocks.0.norm1.weight": "vit",
     }
     return next((family for mark, family in marks.items() if mark in weights), "resnet")
 
@@ -364,6 +377,7 @@ REASONS = {
     "depths": "the file has {0} blocks in its stages, this model {1}",
     "window": "the file has windows of {0} in its stages, this model of {1}: --window",
     "pool": "the file pools by {0}, this model by {1}",
+    "relative": "the file has relative positions: {0}, this model: {1}",
     "layer_scale": "only one of the two scales its layers",
     "filtered": "only one of the two sees the images through a fixed filter (input_filter)",
 }

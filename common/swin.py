@@ -10,7 +10,7 @@ from torch import nn
 from torchvision.models.swin_transformer import PatchMerging
 
 from common.args import fail
-from common.vit import path_factors
+from common.vit import kept, offsets, path_factors
 
 __all__ = ["ARCHS", "Swin", "default_patch", "default_window", "path_factors", "swin"]
 
@@ -23,19 +23,9 @@ ARCHS = {
 }
 
 
-def kept(function):
-    """Computes for each of the last arguments once; a compiled network holds the results by itself."""
-    known = functools.lru_cache(maxsize=64)(function)
-    return lambda *key: function(*key) if torch.compiler.is_compiling() else known(*key)
-
-
-@kept
 def pairs(window, device):
     """Row of the bias table for each pair of places in a window: (window^4,), query before key, row by row."""
-    row, column = torch.arange(window**2, device=device).div(window, rounding_mode="floor"), torch.arange(window**2)
-    column = column.to(device) % window
-    down, right = row[:, None] - row + window - 1, column[:, None] - column + window - 1
-    return (down * (2 * window - 1) + right).flatten()
+    return offsets(window, window, device).flatten()
 
 
 @kept

@@ -1,7 +1,9 @@
 """Vision transformers (Dosovitskiy et al. 2021) with timm's key names, for masked and for interpolated tokens: pre-norm
-blocks, biases everywhere, exact GELU, LayerNorm of eps 1e-6, no dropout."""
+blocks, biases everywhere, exact GELU, LayerNorm of eps 1e-6, no dropout. Where a place has relative positions, every
+query adds a learned number per head and offset to its logits (Bao et al. 2022)."""
 
 import collections
+import functools
 import math
 
 import numpy as np
@@ -21,6 +23,7 @@ ARCHS = {
     "vit_large": (1024, 24, 16, 16),
     "vit_huge": (1280, 32, 16, 14),
 }
+TABLE = "relative_position_bias_table"
 
 
 def sincos(dim, grid, order="xy"):
@@ -49,6 +52,90 @@ def resize_positions(table, old, new):
     return torch.cat([table[:, :1], maps.permute(0, 2, 3, 1).flatten(1, 2)], 1)
 
 
+def kept(function):
+    """Computes for each of the last arguments once; a compiled network holds the results by itself."""
+    known = functools.lru_cache(maxsize=64)(function)
+    return lambda *key: function(*key) if torch.compiler.is_compiling() else known(*key)
+
+
+@kept
+def offsets(rows, columns, device):
+    """Row of a table of relative positions for each pair of places in a grid: (L, L), query before key, row by row. The
+    table has (2 rows - 1) (2 columns - 1) rows, for row and column of the query minus those of the key."""
+    place = torch.arange(rows * columns, device=device)
+    row, column = place.div(columns, rounding_mode="floor"), place % columns
+    down, right = row[:, None] - row + rows - 1, column[:, None] - column + columns - 1
+    return down * (2 * columns - 1) + right
+
+
+@kept
+def offsets_with_class(rows, columns, device):
+    """`offsets` with the class token before the places, (1 + L, 1 + L), and three more rows at the end of the table:
+    class token to any place, any place to class token, class token to itself."""
+    most = (2 * rows - 1) * (2 * columns - 1)
+    index = F.pad(offsets(rows, columns, device), (1, 0, 1, 0))
+    index[0], index[1:, 0], index[0, 0] = most, most + 1, most + 2
+    return index
+
+
+@functools.lru_cache(maxsize=64)
+def _stretch(old, new):
+    """(2 new - 1, 2 old - 1) weights: numbers at the offsets 1 - old ... old - 1 become those at 1 - new ... new - 1.
+
+    As in the code of Bao et al. (2022): the old offsets are spread over the new range in steps that grow geometrically,
+    so that near ones stay nearly where they are; a cubic spline through all of them is then read at the new ones.
+    """
+    from scipy.interpolate import CubicSpline  # part of what scikit-learn needs
+
+    low, high = 1.01, max(1.5, new)  # the factor between two steps
+    while high - low > 1e-9:
+        factor = (low + high) / 2
+        low, high = (low, factor) if (1 - factor ** (old - 1)) / (1 - factor) > new - 1 else (factor, high)
+    places = np.cumsum(np.append(0, factor ** np.arange(old - 1)))
+    places = np.append(-places[:0:-1], places)
+    at = np.arange(1 - new, new).clip(places[0], places[-1])
+    return CubicSpline(places, np.eye(2 * old - 1))(at) if old > 1 else np.ones((2 * new - 1, 1))
+
+
+def resize_table(table, old, new):
+    """A table of relative positions (offsets of a grid `old`, and any rows after them; heads) for a grid `new`."""
+    if tuple(old) == tuple(new):
+        return table
+    heights, widths = (2 * side - 1 for side in old)
+    down, right = (torch.from_numpy(_stretch(*sides)).to(table) for sides in zip(old, new, strict=True))
+    maps = torch.einsum("ij,jkh,lk->ilh", down, table[: heights * widths].view(heights, widths, -1), right)
+    return torch.cat([maps.flatten(0, 1), table[heights * widths :]])
+
+
+def table_side(table):
+    """Side of the square grid that a table of relative positions with three rows for the class token is for."""
+    return (round(max(0, len(table) - 3) ** 0.5) + 1) // 2
+
+
+def fit_positions(weights, grid):
+    """The weights of a ViT whose positions are for a square grid with all of them interpolated to another grid, and the
+    side of the former; None if it is the same, or no positions fit a square."""
+    fitted, was = dict(weights), None
+    for name, table in weights.items():
+        if name == "pos_embed" and table.ndim == 3:
+            side = round((table.shape[1] - 1) ** 0.5)
+            resize = resize_positions if table.shape[1] == 1 + side * side else None
+        elif name.endswith(TABLE) and table.ndim == 2:
+            side = table_side(table)
+            resize = resize_table if len(table) == (2 * side - 1) ** 2 + 3 else None
+        else:
+            continue
+        if resize and (side, side) != tuple(grid):
+            fitted[name], was = resize(table.float(), (side, side), grid), side
+    return fitted, was
+
+
+def relative_bias(table, old, new):
+    """What a table of a grid `old` adds to the logits of the tokens of a grid `new`: (heads, 1 + L, 1 + L)."""
+    index = offsets_with_class(*new, table.device)  # F.embedding: its gradient is the same in every run
+    return F.embedding(index, resize_table(table, old, new)).permute(2, 0, 1)
+
+
 def path_factors(u, rate):
     """Stochastic depth (Huang et al. 2016): factors (2 depth, B) of the two branches of each block, for every sample.
 
@@ -72,15 +159,18 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
+    """Self-attention of tokens (B, N, dim). bias: None, or what is added to the logits: (heads, N, N)."""
+
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x):
+    def forward(self, x, bias=None):
         q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        bias = None if bias is None else bias.to(q.dtype)
+        return self.proj(F.scaled_dot_product_attention(q, k, v, bias).transpose(1, 2).flatten(2))
 
 
 class LayerScale(nn.Module):
@@ -95,7 +185,8 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x)). paths: None, or factors of the two branches (2, B)."""
+    """x + attention(norm(x)), then x + MLP(norm(x)). paths: None, or factors of the two branches (2, B). bias: see
+    Attention."""
 
     def __init__(self, dim, heads, mlp_ratio=4, layer_scale=0.0):
         super().__init__()
@@ -107,9 +198,9 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(collections.OrderedDict(fc1=fc1, act=nn.GELU(), fc2=fc2))
         self.ls2 = LayerScale(dim, layer_scale) if layer_scale else nn.Identity()
 
-    def forward(self, x, paths=None):
+    def forward(self, x, paths=None, bias=None):
         first, second = (1, 1) if paths is None else paths.to(x.dtype)[:, :, None, None]
-        x = x + first * self.ls1(self.attn(self.norm1(x)))
+        x = x + first * self.ls1(self.attn(self.norm1(x), bias))
         return x + second * self.ls2(self.mlp(self.norm2(x)))
 
 
@@ -117,13 +208,24 @@ class ViT(nn.Module):
     """Images (B, channels, H, W) -> features (B, dim).
 
     image_size: pixels, or (height, width), of the positions; other sizes interpolate them. positions: "sincos-xy" or
-    "sincos-yx" (fixed, see `sincos`), or "learned". pool: "cls" takes the class token after the final norm, "mean" the
-    mean of the patch tokens, which then passes a norm of its own instead (as timm does). block: see `Block`.
+    "sincos-yx" (fixed, see `sincos`), "learned" or "none". relative: relative positions "none", of each "block", or
+    "shared" by all blocks, which start at zero. pool: "cls" takes the class token after the final norm, "mean" the mean
+    of the patch tokens, which then passes a norm of its own instead (as timm does). block: see `Block`.
     checkpointing (an attribute): the backward pass recomputes the blocks instead of storing their insides.
     """
 
     def __init__(
-        self, dim, depth, heads, patch_size=16, image_size=224, positions="sincos-xy", pool="cls", channels=3, **block
+        self,
+        dim,
+        depth,
+        heads,
+        patch_size=16,
+        image_size=224,
+        positions="sincos-xy",
+        pool="cls",
+        channels=3,
+        relative="none",
+        **block,
     ):
         super().__init__()
         self.dim, self.heads, self.patch_size, self.pool, self.checkpointing = dim, heads, patch_size, pool, False
@@ -134,11 +236,17 @@ class ViT(nn.Module):
         table = torch.zeros(1, 1 + self.grid[0] * self.grid[1], dim)
         if positions == "learned":
             nn.init.trunc_normal_(table, std=0.02)
-        else:  # the class token's position is zero
+        elif positions != "none":  # the class token's position is zero
             table[0, 1:] = sincos(dim, self.grid, positions.removeprefix("sincos-"))
         # a parameter in either case: it is part of the checkpoint, and fine-tuning may set it free
-        self.pos_embed = nn.Parameter(table, requires_grad=positions == "learned")
+        table = None if positions == "none" else nn.Parameter(table, requires_grad=positions == "learned")
+        self.register_parameter("pos_embed", table)
         self.blocks = nn.ModuleList([Block(dim, heads, **block) for _ in range(depth)])
+        self.relative, offsets = relative, (2 * self.grid[0] - 1) * (2 * self.grid[1] - 1) + 3
+        if relative == "shared":
+            self.rel_pos_bias = nn.ParameterDict({TABLE: torch.zeros(offsets, heads)})
+        for block in self.blocks if relative == "block" else ():
+            block.attn.register_parameter(TABLE, nn.Parameter(torch.zeros(offsets, heads)))
         self.norm = nn.LayerNorm(dim, eps=1e-6) if pool == "cls" else nn.Identity()
         self.fc_norm = nn.LayerNorm(dim, eps=1e-6) if pool == "mean" else nn.Identity()
         initialise(self)
@@ -149,44 +257,73 @@ class ViT(nn.Module):
         """Uniforms per sample that `path_factors` takes: two per block."""
         return 2 * len(self.blocks)
 
-    def embed(self, x):
-        """Patch tokens with their positions (B, L, dim), and the position of the class token (1, 1, dim)."""
+    def unshare(self):
+        """Gives every block relative positions of its own: a copy of the shared ones; zeros if there were none."""
+        zeros = self.cls_token.new_zeros((2 * self.grid[0] - 1) * (2 * self.grid[1] - 1) + 3, self.heads)
+        table = self.rel_pos_bias[TABLE].detach() if self.relative == "shared" else zeros
+        for block in self.blocks if self.relative != "block" else ():
+            block.attn.register_parameter(TABLE, nn.Parameter(table.clone()))
+        self.rel_pos_bias, self.relative = None, "block"
+
+    def grid_of(self, x):
+        """Rows and columns of the patches of images (B, C, H, W)."""
         if x.shape[2] % self.patch_size or x.shape[3] % self.patch_size:
             raise ValueError(f"images of {x.shape[2]} x {x.shape[3]} do not divide into patches of {self.patch_size}")
-        grid = (x.shape[2] // self.patch_size, x.shape[3] // self.patch_size)
-        positions = resize_positions(self.pos_embed, self.grid, grid)
-        return self.patch_embed(x) + positions[:, 1:], positions[:, :1]
+        return x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
 
-    def _enter(self, x, keep=None):
+    def embed(self, x, mask=None, token=None):
+        """Patch tokens with their positions (B, L, dim), and the position of the class token (1, 1, dim). mask: (B, L),
+        1 where the vector `token` (1, 1, dim) stands in place of an embedded patch."""
+        grid, x = self.grid_of(x), self.patch_embed(x)
+        if mask is not None:
+            x = torch.where(mask[:, :, None] > 0, token, x)
+        if self.pos_embed is None:
+            return x, torch.zeros_like(self.cls_token)
+        positions = resize_positions(self.pos_embed, self.grid, grid)
+        return x + positions[:, 1:], positions[:, :1]
+
+    def biases(self, grid):
+        """What each block adds to the logits of its attention (see `relative_bias`), or None: a list."""
+        if self.relative == "block":
+            return [relative_bias(getattr(block.attn, TABLE), self.grid, grid) for block in self.blocks]
+        shared = self.relative == "shared"
+        return [relative_bias(self.rel_pos_bias[TABLE], self.grid, grid) if shared else None] * len(self.blocks)
+
+    def _enter(self, x, keep=None, mask=None, token=None):
         """What the first block gets: the class token and the patches (those of `keep`), with their positions."""
-        x, position = self.embed(x)
+        x, position = self.embed(x, mask, token)
         if keep is not None:
+            if self.relative != "none":
+                raise ValueError("relative positions are for whole grids: patches cannot be left out")
             x = x.gather(1, keep[:, :, None].expand(-1, -1, x.shape[2]))
         return torch.cat([(self.cls_token + position).expand(x.shape[0], -1, -1), x], 1)
 
-    def last(self, x, n=1, keep=None, paths=None):
+    def last(self, x, n=1, keep=None, paths=None, mask=None, token=None):
         """Tokens after each of the last n blocks and the final norm: a list of (B, 1 + L, dim), class token first.
-        keep: (B, K) indices of the patches that enter the blocks, in this order (default: all). paths: path_factors."""
-        x, outputs = self._enter(x, keep), []
-        for i, block in enumerate(self.blocks):
+        keep: (B, K) indices of the patches that enter the blocks, in this order (default: all). paths: path_factors.
+        mask, token: see `embed`."""
+        biases, outputs = self.biases(self.grid_of(x)), []
+        x = self._enter(x, keep, mask, token)
+        for i, (block, bias) in enumerate(zip(self.blocks, biases, strict=True)):
             part = None if paths is None else paths[2 * i : 2 * i + 2]
             again = self.checkpointing and torch.is_grad_enabled()
-            x = checkpoint(block, x, part, use_reentrant=False) if again else block(x, part)
+            x = checkpoint(block, x, part, bias, use_reentrant=False) if again else block(x, part, bias)
             outputs = [*outputs, x][-n:]
         return [self.norm(x) for x in outputs]
 
     def attention(self, x):
         """What each token of the last block attends to, by head: (B, heads, 1 + L, 1 + L), rows sum to 1."""
+        *biases, bias = self.biases(self.grid_of(x))
+        *blocks, block = self.blocks
         x = self._enter(x)
-        for block in self.blocks[:-1]:
-            x = block(x)
-        block = self.blocks[-1]
+        for earlier, added in zip(blocks, biases, strict=True):
+            x = earlier(x, bias=added)
         q, k, _ = block.attn.qkv(block.norm1(x)).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return (q @ k.transpose(2, 3) / q.shape[3] ** 0.5).softmax(3)
+        return (q @ k.transpose(2, 3) / q.shape[3] ** 0.5 + (0 if bias is None else bias)).softmax(3)
 
-    def tokens(self, x, keep=None, paths=None):
-        """All tokens after the final norm (B, 1 + L, dim), the class token first."""
-        return self.last(x, 1, keep, paths)[0]
+    def tokens(self, x, keep=None, paths=None, mask=None, token=None):
+        """All tokens after the final norm (B, 1 + L, dim), the class token first. See `last`."""
+        return self.last(x, 1, keep, paths, mask, token)[0]
 
     def forward(self, x, paths=None):
         x = self.tokens(x, paths=paths)
@@ -212,7 +349,16 @@ def default_patch(arch, image_size):
 
 
 def vit(
-    arch, image_size=224, width=1.0, patch_size=None, depth=None, heads=None, positions="sincos-xy", pool="cls", **more
+    arch,
+    image_size=224,
+    width=1.0,
+    patch_size=None,
+    depth=None,
+    heads=None,
+    positions="sincos-xy",
+    pool="cls",
+    relative="none",
+    **more,
 ):
     """A ViT by name. width multiplies its dimension; patch_size, depth and heads replace what the name stands for;
     more: see ViT. `config` of it is what a checkpoint says beside name, width and image size to build it again."""
@@ -227,6 +373,7 @@ def vit(
     if size := next((size for size in sizes if size % patch_size or size < patch_size), None):
         near = " or ".join(str(n * patch_size) for n in (size // patch_size, size // patch_size + 1) if n)
         fail(f"--image-size {size} is not a multiple of the patch size {patch_size}: choose {near}, or --patch-size")
-    model = ViT(dim, depth, heads, patch_size, image_size, positions, pool, **more)
+    model = ViT(dim, depth, heads, patch_size, image_size, positions, pool, relative=relative, **more)
     model.config = {"patch_size": patch_size, "depth": depth, "heads": heads, "positions": positions, "pool": pool}
+    model.config["relative"] = relative
     return model

@@ -8,7 +8,21 @@ import torch
 
 from common import vit as module
 from common.optim import param_groups
-from common.vit import ARCHS, Attention, Block, ViT, default_patch, path_factors, resize_positions, sincos, vit
+from common.vit import (
+    ARCHS,
+    TABLE,
+    Attention,
+    Block,
+    ViT,
+    default_patch,
+    fit_positions,
+    path_factors,
+    relative_bias,
+    resize_positions,
+    resize_table,
+    sincos,
+    vit,
+)
 from tests.helpers import refused, rows
 
 
@@ -108,14 +122,15 @@ def test_patch_embedding_is_a_linear_layer_of_each_patch():
 
 
 # --------------------------------------------------------------------------------------------------- attention
-def slow_attention(layer, x, heads):
-    """One query, one head, one number after the other."""
+def slow_attention(layer, x, heads, bias=None):
+    """One query, one head, one number after the other. bias: (heads, N, N)."""
     qkv, (batch, tokens, dim) = layer.qkv(x).detach().numpy(), x.shape
     size = dim // heads
     out = np.zeros((batch, tokens, dim))
     for b, h, i in np.ndindex(batch, heads, tokens):
         q, k, v = (qkv[b, :, part * dim + h * size : part * dim + (h + 1) * size] for part in range(3))
-        weights = np.array([np.exp(q[i] @ k[j] / np.sqrt(size)) for j in range(tokens)])
+        added = np.zeros(tokens) if bias is None else bias[h, i].detach().numpy()
+        weights = np.array([np.exp(q[i] @ k[j] / np.sqrt(size) + added[j]) for j in range(tokens)])
         out[b, i, h * size : (h + 1) * size] = sum(w * v[j] for j, w in enumerate(weights / weights.sum()))
     return layer.proj(torch.from_numpy(out))
 
@@ -125,6 +140,146 @@ def test_attention_equals_loops(heads):
     torch.manual_seed(heads)
     layer, x = Attention(16, heads).double(), 2 * rows(2, 5, 16)
     torch.testing.assert_close(layer(x), slow_attention(layer, x, heads), atol=1e-12, rtol=0)
+
+
+def test_attention_with_a_bias_equals_loops():
+    torch.manual_seed(0)
+    layer, x, bias = Attention(16, 2).double(), 2 * rows(2, 5, 16), 2 * rows(2, 5, 5)
+    torch.testing.assert_close(layer(x, bias), slow_attention(layer, x, 2, bias), atol=1e-12, rtol=0)
+    assert not torch.allclose(layer(x, bias), layer(x), atol=1e-2)
+    before = layer(x, bias)
+    layer.qkv.bias.data[16:32] += rows(16)  # one number more for all keys of a query: files without it say the same
+    torch.testing.assert_close(layer(x, bias), before, atol=1e-12, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------- relative positions
+def slow_bias(table, grid):
+    """Pair by pair: the row for the offset of the query from the key; the last three rows for the class token."""
+    (rows_, columns), places = grid, [None, *np.ndindex(*grid)]
+    bias = np.zeros((table.shape[1], len(places), len(places)))
+    for i, query in enumerate(places):
+        for j, key in enumerate(places):
+            if query and key:
+                row = (query[0] - key[0] + rows_ - 1) * (2 * columns - 1) + query[1] - key[1] + columns - 1
+            else:
+                row = len(table) - (3 if key else 2 if query else 1)
+            bias[:, i, j] = table[row]
+    return bias
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (2, 5), (1, 1)])
+def test_relative_bias_equals_loops(grid):
+    table = rows((2 * grid[0] - 1) * (2 * grid[1] - 1) + 3, 2)
+    assert np.array_equal(relative_bias(table, grid, grid).numpy(), slow_bias(table.numpy(), grid))
+
+
+def test_tables_resized_to_their_own_size_are_themselves():
+    table = rows(11 * 11 + 3, 2)
+    assert resize_table(table, (6, 6), (6, 6)) is table
+    assert fit_positions({"blocks.0.attn." + TABLE: table, "x": table}, (6, 6))[1] is None
+
+
+@pytest.mark.parametrize("old, new, more", [((6, 6), (7, 7), 0), ((14, 14), (24, 24), 3), ((4, 5), (7, 8), 3)])
+def test_resized_tables_are_splines_through_stretched_offsets(old, new, more):
+    """Against scipy's splines in two dimensions, on places found by another root finder."""
+    from scipy.interpolate import RectBivariateSpline
+    from scipy.optimize import brentq
+
+    table, places = rows((2 * old[0] - 1) * (2 * old[1] - 1) + more, 2), []
+    for a, b in zip(old, new, strict=True):
+        factor = brentq(lambda q, a=a, b=b: sum(q**i for i in range(a - 1)) - (b - 1), 1, 9, xtol=1e-14)
+        half = [sum(factor**i for i in range(n)) for n in range(1, a)]
+        places.append([*(-x for x in reversed(half)), 0, *half])
+    resized, (high, wide) = resize_table(table, old, new), (2 * side - 1 for side in old)
+    assert resized.shape == ((2 * new[0] - 1) * (2 * new[1] - 1) + more, 2)
+    assert torch.equal(resized[len(resized) - more :], table[len(table) - more :]), "those of the class token stay"
+    for head in range(2):
+        values = table[: high * wide, head].view(high, wide).numpy()
+        spline = RectBivariateSpline(*places, values, s=0)(*(range(1 - side, side) for side in new))
+        found = resized[: len(resized) - more, head].view(2 * new[0] - 1, -1).numpy()
+        assert np.abs(found - spline).max() < 1e-6
+    centre = found[new[0] - 1, new[1] - 1]
+    assert centre == pytest.approx(values[old[0] - 1, old[1] - 1], abs=1e-12), "a place itself stays where it is"
+
+
+@pytest.mark.parametrize("relative", ["shared", "block"])
+def test_relative_positions_start_at_zero_and_reach_every_block(relative):
+    plain, model, x = tiny(positions="none"), tiny(positions="none", relative=relative), rows(2, 3, 16, 16)
+    names = {"shared": {f"rel_pos_bias.{TABLE}"}, "block": {f"blocks.{i}.attn.{TABLE}" for i in range(3)}}[relative]
+    assert model.state_dict().keys() - plain.state_dict().keys() == names and "pos_embed" not in plain.state_dict()
+    torch.testing.assert_close(model(x), plain(x), atol=1e-12, rtol=0)
+    for i, name in enumerate(sorted(names)):
+        table = model.get_parameter(name)
+        assert table.shape == (7 * 7 + 3, 3) and not table.any()
+        table.data.copy_(rows(52, 3, seed=i))
+    seen, y = [], model._enter(x)
+    for i, block in enumerate(model.blocks):
+        table = model.get_parameter(sorted(names)[i if relative == "block" else 0])
+        bias = torch.from_numpy(slow_bias(table.detach().numpy(), (4, 4)))
+        hook = block.attn.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
+        y = block(y, bias=bias)
+        hook.remove()
+    torch.testing.assert_close(model(x), model.norm(y)[:, 0], atol=1e-12, rtol=0)
+    torch.testing.assert_close(seen[1][1], slow_attention(model.blocks[1].attn, seen[1][0], 3, model.biases((4, 4))[1]))
+    values = model.blocks[2].attn.qkv(seen[2][0])[:, :, 48:].unflatten(2, (3, 8)).transpose(1, 2)
+    output = model.blocks[2].attn.proj((model.attention(x) @ values).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(output, seen[2][1], atol=1e-12, rtol=0)
+    model(x).square().sum().backward()
+    grads = [model.get_parameter(name).grad.abs().sum(1) for name in names]
+    assert all((g > 0).all() if relative == "shared" else g.sum() > 0 for g in grads)
+    larger = model(rows(2, 3, 24, 16))  # the tables are interpolated
+    assert larger.isfinite().all()
+    with pytest.raises(ValueError, match="left out"):
+        model.tokens(x, keep=torch.tensor([[0], [1]]))
+
+
+def test_a_shared_table_becomes_one_of_each_block():
+    model, x = tiny(positions="none", relative="shared"), rows(2, 3, 16, 16)
+    torch.nn.init.normal_(model.rel_pos_bias[TABLE])
+    before = model(x)
+    model.unshare()
+    assert torch.equal(model(x), before) and model.relative == "block"
+    tables = [block.attn.get_parameter(TABLE) for block in model.blocks]
+    assert len({t.data_ptr() for t in tables}) == 3 and not any(n.startswith("rel_pos") for n in model.state_dict())
+    tables[1].data.zero_()
+    assert not torch.allclose(model(x), before)
+    after = model(x)
+    model.unshare()
+    assert torch.equal(model(x), after), "nothing to do"
+    plain = tiny()
+    before = plain(x)
+    plain.unshare()
+    torch.testing.assert_close(plain(x), before, atol=1e-12, rtol=0)
+    assert not plain.blocks[0].attn.get_parameter(TABLE).any()
+
+
+def test_checkpointing_takes_relative_positions(positions="none"):
+    x, found = rows(2, 3, 16, 16), []
+    for checkpointing in (False, True):
+        model = tiny(positions=positions, relative="shared")
+        torch.nn.init.ones_(model.rel_pos_bias[TABLE][:7])
+        model.checkpointing = checkpointing
+        model(x).square().sum().backward()
+        found.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+# ------------------------------------------------------------------------------------------------- mask tokens
+@pytest.mark.parametrize("positions", ["none", "learned", "sincos-xy"])
+def test_a_mask_token_stands_in_place_of_embedded_patches(positions):
+    """It gets the position of the patch, of whose pixels nothing is left."""
+    model, x, token = tiny(positions=positions), rows(2, 3, 16, 16), rows(1, 1, 24)
+    mask = torch.zeros(2, 16)
+    mask[0, 5] = mask[1, 0] = mask[1, 15] = 1
+    tokens, bare = model.embed(x, mask, token)[0], model.patch_embed(x)
+    table = torch.zeros(16, 24) if positions == "none" else model.pos_embed[0, 1:]
+    for b, i in np.ndindex(2, 16):
+        assert torch.equal(tokens[b, i], (token[0, 0] if mask[b, i] else bare[b, i]) + table[i])
+    changed = x.clone()
+    changed[0, :, 4:8, 4:8] += 1
+    changed[1, :, :4, :4] += 1
+    assert torch.equal(model.tokens(x, mask=mask, token=token), model.tokens(changed, mask=mask, token=token))
+    assert not torch.allclose(model.tokens(x), model.tokens(x, mask=mask, token=token))
 
 
 def test_heads_matter_although_no_shape_shows_them():
@@ -323,14 +478,17 @@ def test_by_name():
         for arch, (dim, depth, heads, patch) in ARCHS.items():
             model = vit(arch, 224)
             assert (model.dim, len(model.blocks), model.heads, model.patch_size) == (dim, depth, heads, patch)
-            names = ("patch_size", "depth", "heads", "positions", "pool")
-            assert model.config == dict(zip(names, (patch, depth, heads, "sincos-xy", "cls"), strict=True))
+            names = ("patch_size", "depth", "heads", "positions", "pool", "relative")
+            assert model.config == dict(zip(names, (patch, depth, heads, "sincos-xy", "cls", "none"), strict=True))
     small = vit("vit_tiny", 32, width=0.25, depth=2, heads=2, positions="learned", pool="mean")
     assert (small.dim, small.patch_size, small.grid, len(small.blocks), small.heads) == (48, 4, (8, 8), 2, 2)
     again = vit("vit_tiny", 32, width=0.25, **small.config)
     again.load_state_dict(small.state_dict())
     x = rows(2, 3, 32, 32).float()
     assert torch.equal(again(x), small(x)), "name, width, size and config say all"
+    small = vit("vit_tiny", 32, width=0.25, depth=2, heads=2, positions="none", relative="shared")
+    again = vit("vit_tiny", 32, width=0.25, **small.config)
+    again.load_state_dict(small.state_dict())
 
 
 def test_patches_of_small_images_are_about_an_eighth_of_them_and_divide_them():
