@@ -1,15 +1,21 @@
-"""Two pictures of what features hold alike: the plane of t-SNE, and images beside those most similar to them.
+"""Pictures of what a network has learned: the plane of t-SNE, images beside those most similar to them, and where in
+an image the class token of a ViT looks.
 
     python visualize.py --pretrained runs/simsiam/backbone.pt --data /imagenet
     python visualize.py --pretrained runs/simsiam/backbone.pt --data /imagenet --tsne --features feat4 feat5
     torchrun --nproc_per_node=8 visualize.py --pretrained runs/simsiam/backbone.pt --data /imagenet --neighbours
     python visualize.py --pretrained random --arch resnet18 --data digits --split train
+    python visualize.py --pretrained dino_deitsmall8_pretrain.pth --data /photos --attention --image-size 480
+    python visualize.py --pretrained runs/ibot/backbone.pt --data /photos --attention --threshold 0.6
 
-Written to --out, features/ beside the checkpoint by default; without --tsne and --neighbours, both:
+Written to --out, features/ beside the checkpoint by default; without --tsne, --neighbours and --attention, the first
+two:
     tsne.png        the plane of t-SNE (van der Maaten and Hinton 2008), a colour per class; tsne.npz: its points
     neighbours.png  some images and those most similar to them (cosine), framed green where the classes are the same
                     and red where not, with file names instead where there are no classes; beside them those that a
                     random network of the same architecture (seed 0) finds: what training has changed
+    attention.png   (ViTs, XCiTs) what the class token attends to in the last block, a column per head and their mean,
+                    below the same of a random network
 With several --features a file each: tsne_feat4.png, tsne_feat5.png.
 
 Images are seen as in the other evaluations: shorter side to 256, central 224 x 224 pixels (images of at most 64 pixels:
@@ -20,10 +26,18 @@ perplexity 30, early exaggeration 12, learning rate 200 and 1000 iterations. It 
 over those of the first 20 classes, and --tsne alone computes only their features. --neighbours searches all images and
 holds their features in memory: 10 GB for ImageNet's training set and 2048 dimensions; the random network, which
 --no-compare leaves out, takes a second pass over the images.
+
+--attention computes only the images that it shows, --queries of them, and is for networks whose class token attends to
+patches: our ViTs and XCiTs, and published ones (DINO, iBOT, MAE, MoCo v3 ...). Shown are shares: of what a head's class
+token gives to all patches, so that they sum to one. Brightness is relative to the largest share, or to four times an
+equal one if that is more: equal attention is evenly dark. With --threshold 0.6 (as in figure 4 of Caron et al. 2021)
+the image is shown at the fewest patches that hold 60 % of the attention, and is dark elsewhere. A larger --image-size
+gives more and smaller patches: a ViT's positions are interpolated, an XCiT needs none.
 """
 
 import common.interrupt  # noqa: F401 (before torch)
 import copy
+import math
 import os
 import sys
 
@@ -31,8 +45,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from common.args import Parser, at_least, fail, positive, toggle
-from common.augment import EvalView
+from common.args import Parser, at_least, fail, positive, share, toggle
+from common.augment import EvalView, augment
 from common.checkpoint import MAKERS, load_pretrained
 from common.classes import class_names
 from common.datasets import Subset, open_split
@@ -48,11 +62,13 @@ from common.resnet import SMALL as SMALL_STEM
 from common.resnet import ResNet, resnet
 from common.run import start_device
 from common.vit import ViT
+from common.xcit import XCiT
 
 COLOURS = """#1f77b4 #ff7f0e #2ca02c #d62728 #9467bd #8c564b #e377c2 #17becf #bcbd22 #3b3b3b
 #3c1ea5 #960069 #00f0a5 #005a00 #a5b4ff #d2a596 #5a8778 #78000f #6978ff #877800""".split()
 RANDOM = "random initialisation"
 GREY, GREEN, RED = "#666666", "#1a9641", "#d7191c"
+HEAT = torch.tensor([[8, 6, 30], [60, 15, 95], [140, 35, 100], [215, 75, 55], [250, 160, 15], [252, 255, 165]]).double()
 BIG, TEXT, SMALL = (ImageFont.load_default(size) for size in (26, 18, 15))
 
 
@@ -68,10 +84,16 @@ def parse_args(argv=None):
     group.add_argument("--points", type=at_least(5), default=2000, help="images in it, at most")
     group.add_argument("--perplexity", type=positive(float), help="default: 30, less for fewer than 91 images")
     group.add_argument("--neighbours", action=toggle, help="draw neighbours.png (default: both pictures)")
-    group.add_argument("--queries", type=positive(int), default=10, help="rows of it")
+    group.add_argument("--queries", type=positive(int), default=10, help="images in its rows, and in attention.png")
     group.add_argument("--k", type=positive(int), default=8, help="neighbours in a row")
-    group.add_argument("--compare", action=toggle, default=True, help="with those that a random network finds")
-    return parser.parse_args(argv)
+    group.add_argument("--compare", action=toggle, default=True, help="with what a random network finds or attends to")
+    group.add_argument("--attention", action=toggle, default=False, help="draw attention.png: ViTs and XCiTs")
+    text = "show the patches that hold this share of the attention instead of how much each of them has"
+    group.add_argument("--threshold", type=share, help=text)
+    args = parser.parse_args(argv)
+    if args.threshold and not args.attention:
+        parser.error("--threshold is for --attention: add it")
+    return args
 
 
 # --------------------------------------------------------------------------------------------------- features
@@ -123,14 +145,46 @@ def neighbours(features, queries, k):
     return similarity[kept].view(-1, k), index[kept].view(-1, k)
 
 
+@torch.no_grad()
+def class_attention(backbone, x):
+    """What the class token gives to the patches in the last block, as shares that sum to one: images (B, C, S, S) ->
+    (B, heads, side, side)."""
+    if isinstance(backbone, XCiT):
+        attention, seen = backbone.cls_attn_blocks[-1].attn, []
+        hook = attention.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        backbone(x)
+        hook.remove()
+        q, k, _ = attention.qkv(seen[0]).unflatten(2, (3, attention.heads, -1)).permute(2, 0, 3, 1, 4)
+        weights = (q[:, :, :1] @ k.mT / q.shape[3] ** 0.5).softmax(3)
+    else:
+        weights = backbone.attention(x)
+    weights = weights[:, :, 0, 1:].cpu().double()
+    side = math.isqrt(weights.shape[2])
+    return (weights / weights.sum(2, keepdim=True)).unflatten(2, (side, side))
+
+
+def holding(shares, mass):
+    """The fewest places of each map (..., side, side) that hold this share of it, the largest first: booleans."""
+    largest, order = shares.flatten(-2).sort(dim=-1, descending=True)
+    before = largest.cumsum(-1) - largest
+    return torch.zeros_like(before).scatter(-1, order, (before < mass).to(before.dtype)).view(shares.shape) > 0
+
+
 # --------------------------------------------------------------------------------------------------- pictures
-def tile(dataset, i, view, side=112):
-    """Image i as the network sees it."""
+def seen(dataset, i, view):
+    """Image i as the network sees it, (C, S, S) uint8; None if it cannot be decoded."""
     try:
         image, _ = dataset[i]
     except BadImage:
+        return None
+    return view.crop(image if isinstance(image, torch.Tensor) else to_tensor(image))
+
+
+def tile(dataset, i, view, side=112):
+    """The same as a picture of side x side pixels."""
+    image = seen(dataset, i, view)
+    if image is None:
         return Image.new("RGB", (side, side), "#dddddd")
-    image = view.crop(image if isinstance(image, torch.Tensor) else to_tensor(image))
     image = (255 * rgb(image[None] / 255, view.mean, view.std)[0]).round().to(torch.uint8)
     return Image.fromarray(image.permute(1, 2, 0).numpy()).resize((side, side), Image.Resampling.BICUBIC)
 
@@ -274,17 +328,87 @@ def draw_neighbours(path, tiles, found, queries, labels, names, title, note):
     print0(f"{path}: {k} neighbours of {len(queries)} images, {canvas.width} x {canvas.height} pixels")
 
 
+def draw_attention(path, rows, title, note, mass=None):
+    """For each of `rows` (PIL image, name, {whose: shares (heads, side, side)}) the image, and a line per network with
+    a square for each of its heads and for their mean. mass: as in `holding`, of the patches that are shown."""
+    side, heads = rows[0][0].width, len(next(iter(rows[0][2].values())))
+    gap, margin, top, networks = 8, 24, 134, list(rows[0][2])
+    left = margin + max(int(TEXT.getlength(name)) for name in networks) + 16
+    first, height = left + side + margin, len(networks) * (side + gap) + 34
+    width = max(first + (heads + 1) * (side + gap) - gap + margin, int(BIG.getlength(title)) + 2 * margin + 1)
+    canvas, draw = sheet(width, top + len(rows) * height, margin, title, [note])
+    for column, words in enumerate(["image", *(f"head {i + 1}" for i in range(heads)), "mean"]):
+        x = left if column == 0 else first + (column - 1) * (side + gap)
+        draw.text((x, top - 34), shorten(words, TEXT, side), GREY, TEXT)
+    for row, (image, name, found) in enumerate(rows):
+        canvas.paste(image, (left, top + row * height))
+        draw.text((left, top + row * height + side + 6), shorten(name, SMALL, side + margin - 4), "black", SMALL)
+        pixels = torch.from_numpy(np.array(image)).double()
+        for line, (whose, shares) in enumerate(found.items()):
+            y = top + row * height + line * (side + gap)
+            draw.text((margin, y + 4), whose, GREY, TEXT)
+            maps = torch.cat([shares, shares.mean(0, keepdim=True)])
+            zoom = side // maps.shape[2]
+            if mass:
+                shown = holding(maps, mass).repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)[..., None]
+                squares = torch.where(shown, pixels, torch.lerp(HEAT[1], pixels.mean(2, keepdim=True), 0.2))
+            else:
+                largest = maps.amax((1, 2), keepdim=True).clamp(min=4 / maps[0].numel())
+                place = maps / largest * (len(HEAT) - 1)
+                low = place.long().clamp(max=len(HEAT) - 2)
+                squares = torch.lerp(HEAT[low], HEAT[low + 1], (place - low)[..., None])
+                squares = squares.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
+            for column, square in enumerate(squares):
+                square = Image.fromarray(square.round().to(torch.uint8).numpy())
+                canvas.paste(square, (first + column * (side + gap), y))
+    with atomic(path) as temporary:
+        canvas.save(temporary)
+    print0(f"{path}: {heads} heads, {len(rows)} images, {canvas.width} x {canvas.height} pixels")
+
+
 # ------------------------------------------------------------------------------------------------------- main
+def attend(args, backbone, meta, dataset, view, queries, path, title):
+    """Draws attention.png, and says how few patches hold most of the attention."""
+    device, (_, _, dtype) = backbone.cls_token.device, precision(args.precision, backbone.cls_token.device)
+    if backbone.pool == "mean":
+        print0("note        the feature of this ViT is the mean of its patches: its class token may be untrained")
+    networks = {"trained" if meta["method"] != "random" else RANDOM: backbone.to(dtype)}
+    if args.compare and meta["method"] != "random":
+        networks[RANDOM] = untrained(backbone, meta).to(device, dtype)
+    names, rows, counts = class_names(dataset), [], {name: [] for name in networks}
+    for i in queries.tolist():
+        image, found = seen(dataset, i, view), {}
+        if image is None:
+            image = torch.full((meta["channels"], view.size, view.size), 128, dtype=torch.uint8)
+        x = augment(image[None].to(device), [], view.mean, view.std, dtype)
+        for name, part in networks.items():
+            found[name] = class_attention(part.eval(), x)[0]
+            counts[name].append(holding(found[name], args.threshold or 0.6).double().mean().item())
+        side = next(iter(found.values())).shape[2]
+        cell = side * max(1, round(min(max(view.size, 112), 160) / side))
+        name = names[int(dataset.labels[i])] if names else os.path.basename(dataset.path(i))
+        rows.append((tile(dataset, i, view, cell), name, found))
+    if not all(shares.isfinite().all() for _, _, found in rows for shares in found.values()):
+        fail(f"--pretrained {args.pretrained}: some attention is not finite: its weights or an image are damaged")
+    note = f"{view.size} px, {side} x {side} patches; of a head's attention to them, "
+    note += f"the patches that hold {args.threshold:.0%}" if args.threshold else "each one's share: dark is little"
+    draw_attention(path, rows, title, note, args.threshold)
+    for name, values in counts.items():
+        print0(f"attention   {name}: {np.mean(values):.0%} of the patches hold {args.threshold or 0.6:.0%} of it")
+
+
 def main(args):
     device = start_device(args)
     backbone, meta = load_pretrained(args)
     amp, _, dtype = precision(args.precision, device)
+    if args.attention and not isinstance(backbone, (ViT, XCiT)):
+        fail(f"--attention: {meta['arch']} has no class token that attends to patches: it is for ViTs and XCiTs")
     model = Features(backbone, args.features).to(device, dtype, memory_format=torch.channels_last)
     how = {"interpolation": usual_interpolation(backbone), "mean": tuple(meta["mean"]), "std": tuple(meta["std"])}
     view = EvalView(meta["image_size"], **how)
     dataset = open_split(args, meta["channels"])
     n, labels = len(dataset), dataset.labels
-    both = not (args.tsne or args.neighbours)
+    both = not (args.tsne or args.neighbours or args.attention)
     tsne, near = (both if wanted is None else wanted for wanted in (args.tsne, args.neighbours))
     print0(f"data        {args.data}: {n:,} images, {view.size} px, {', '.join(model.names)}")
     if near and n < args.k + 1:
@@ -300,6 +424,14 @@ def main(args):
     rows = min(args.queries, n)
     queries = order[((np.arange(rows) + 0.5) * n / rows).astype(np.int64)]
     out = make_folder(args.out or result_folder(args.pretrained) / "features")
+    names, trained = class_names(dataset), meta["method"] != "random"
+    title = f"{meta['method'] if trained else RANDOM}, {meta['arch']}"
+    title += "" if meta["width"] == 1 else f" x {meta['width']:g}"
+    if args.attention and is_main():
+        text = f"Attention of the class token in the last block: {title}"
+        attend(args, backbone, meta, dataset, view, queries, out / "attention.png", text)
+    if not (tsne or near):
+        return end_processes()
 
     how = (view, device, args.workers, args.batch_size, amp)
 
@@ -321,9 +453,6 @@ def main(args):
     if not features.isfinite().all():
         cause = f"its weights or an image are damaged{or_precise(amp)}"
         fail(f"--pretrained {args.pretrained}: some features are not finite: {cause}")
-    names, trained = class_names(dataset), meta["method"] != "random"
-    title = f"{meta['method'] if trained else RANDOM}, {meta['arch']}"
-    title += "" if meta["width"] == 1 else f" x {meta['width']:g}"
     tiles, found = {}, search(features) if near else {}
     for name, x in zip(model.names, features.split(model.dims, 1), strict=True):
         suffix, dim = f"_{name}" if len(model.names) > 1 else "", f"{x.shape[1]:,} dimensions"

@@ -1,5 +1,6 @@
-"""The two pictures of features: what they show, where, and which images they choose."""
+"""The pictures of features and of attention: what they show, where, and which images they choose."""
 
+import copy
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +14,9 @@ from common.datasets import Fake
 from common.features import Features
 from common.resnet import resnet
 from common.vit import vit
-from tests.helpers import different, launch, main, refused, train, write_images
+from common.xcit import xcit
+from tests.helpers import different, launch, main, refused, train, write_images, write_vit
+from tests.test_checkpoint import FILES
 from tests.test_features import NAMES, TINY
 
 
@@ -211,7 +214,130 @@ def test_embedding_keeps_apart_what_is_apart():
     assert np.array_equal(points, visualize.embed(x, 5, seed=0)[0])
 
 
+# ------------------------------------------------------------------------------------------------ attention
+@pytest.mark.parametrize("kind", ["vit", "xcit"])
+def test_shares_of_attention_by_hand(kind):
+    """Written out for every head and patch in NumPy, from what the last block's attention gets to see."""
+    torch.manual_seed(0)
+    if kind == "vit":
+        network = vit("vit_tiny", 16, width=0.25, depth=2, patch_size=4, positions="learned").double().eval()
+        last = network.blocks[-1].attn
+    else:
+        network = xcit("xcit_nano_12", 16, width=0.25, patch_size=4, depth=1, heads=2).double().eval()
+        last = network.cls_attn_blocks[-1].attn
+    for parameter in network.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)  # far from equal attention
+    tokens = []
+    last.register_forward_pre_hook(lambda module, inputs: tokens.append(inputs[0].detach().numpy()))
+    x = torch.rand(2, 3, 16, 16, dtype=torch.float64)
+    network(x)
+    found = visualize.class_attention(network, x).numpy()
+    assert found.shape == (2, last.heads, 4, 4) and found.max() > 0.1
+    np.testing.assert_allclose(found.sum((2, 3)), 1, atol=1e-12)
+    weight, bias = (getattr(last.qkv, name).detach().numpy() for name in ("weight", "bias"))
+    dim = weight.shape[1]
+    for i, sample in enumerate(tokens[0]):
+        query, key = (sample @ weight[s].T + bias[s] for s in (slice(dim), slice(dim, 2 * dim)))
+        for head in range(last.heads):
+            part = slice(head * dim // last.heads, (head + 1) * dim // last.heads)
+            e = [np.exp(query[0, part] @ k[part] / (dim / last.heads) ** 0.5) for k in key]
+            expected = [value / sum(e[1:]) for value in e[1:]]
+            np.testing.assert_allclose(found[i, head].ravel(), expected, rtol=1e-9)
+
+
+def test_the_fewest_patches_that_hold_a_share():
+    shares = torch.tensor([[[0.1, 0.4], [0.2, 0.3]], [[0.25, 0.25], [0.25, 0.25]]], dtype=torch.float64)
+    for mass, (first, count) in {0.3: (["01"], 2), 0.5: (["01", "11"], 2), 0.8: (["01", "10", "11"], 4)}.items():
+        found = visualize.holding(shares, mass)
+        assert [f"{r}{c}" for r, c in found[0].nonzero().tolist()] == first and found[1].sum() == count
+    assert visualize.holding(shares, 1.0).all()
+    rng = np.random.default_rng(0)
+    shares = rng.dirichlet(np.full(36, 0.3), size=5)
+    order = np.sort(shares, axis=1)  # as the authors of DINO do: from the smallest on, what exceeds the rest
+    least = order[np.arange(5), (order.cumsum(1) <= 1 - 0.6).sum(1)]
+    found = visualize.holding(torch.from_numpy(shares).view(5, 6, 6), 0.6).view(5, 36).numpy()
+    np.testing.assert_array_equal(found, shares >= least[:, None])
+
+
+def attention_of(*words):
+    main("visualize", "--workers", 0, "--attention", *words)
+
+
+def test_picture_of_attention(classes, tmp_path, monkeypatch, capsys):
+    """Original, heads and mean; the network of the file above a random one: brightness by shares, or what they keep."""
+    maps = torch.zeros(2, 3, 4, 4, dtype=torch.float64)  # of two networks, three heads
+    maps[0, 0, 0, 0], maps[0, 1, 2, 1], maps[0, 2, 3, 3] = 1, 1, 1
+    maps[1] = 1 / 16
+    turns = iter([*maps] * 9)
+    monkeypatch.setattr(visualize, "class_attention", lambda *_: next(turns)[None])
+    words = ["--pretrained", write_vit(tmp_path / "vit.pt"), "--data", classes, "--queries", 3]
+    attention_of(*words, "--out", tmp_path)
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith("attention ")] == [
+        "attention   trained: 6% of the patches hold 60% of it",
+        "attention   random initialisation: 62% of the patches hold 60% of it",  # 10 of 16
+    ]
+    assert not (tmp_path / "tsne.png").exists() and not (tmp_path / "neighbours.png").exists()
+    picture = np.asarray(Image.open(tmp_path / "attention.png"))
+    left = 24 + int(visualize.TEXT.getlength("random initialisation")) + 16
+    bright, dark = visualize.HEAT[-1].tolist(), visualize.HEAT[0].tolist()
+
+    def square(row, network, column):
+        x, y = left + 112 + 24 + 120 * column, 134 + 274 * row + 120 * network
+        return picture[y : y + 112, x : x + 112]
+
+    for row, name in enumerate((NAMES[3], NAMES[9], NAMES[15])):
+        with Image.open(classes / name) as image:
+            original = np.asarray(image.convert("RGB").resize((112, 112), Image.Resampling.BICUBIC))
+        assert np.array_equal(picture[134 + 274 * row :][:112, left:][:, :112], original)
+        for head, (r, c) in enumerate([(0, 0), (2, 1), (3, 3)]):
+            expected = np.full((112, 112, 3), dark)
+            expected[28 * r : 28 * r + 28, 28 * c : 28 * c + 28] = bright
+            assert np.array_equal(square(row, 0, head), expected)
+        assert all((square(row, 0, 3)[28 * r + 14, 28 * c + 14] == bright).all() for r, c in [(0, 0), (2, 1), (3, 3)])
+        quarter = visualize.HEAT[1] + (visualize.HEAT[2] - visualize.HEAT[1]) / 4  # an equal share: 1.25 of 5 steps
+        assert all((square(row, 1, column) == quarter.round().numpy()).all() for column in range(4))
+
+    attention_of(*words, "--out", tmp_path, "--threshold", 0.5, "--no-compare", "--queries", 1)
+    picture = np.asarray(Image.open(tmp_path / "attention.png"))
+    assert picture.shape[0] == 134 + 120 + 34
+    left = 24 + int(visualize.TEXT.getlength("trained")) + 16
+    kept = square(0, 0, 1)
+    with Image.open(classes / NAMES[9]) as image:
+        original = np.asarray(image.convert("RGB").resize((112, 112), Image.Resampling.BICUBIC))
+    same = (kept == original).all(2)
+    assert same[56:84, 28:56].all() and same.sum() < 28 * 28 + 20
+
+
+@pytest.mark.parametrize("name", ["dino full", "ibot", "mae with decoder", "mocov3 vit"])
+def test_attention_of_official_files(name, classes, tmp_path, monkeypatch):
+    """Of the network that the file holds, with its number of heads; at twice the size by interpolated positions."""
+    rows = []
+    monkeypatch.setattr(visualize, "draw_attention", lambda path, drawn, *_: rows.extend(drawn))
+    _, network, state = FILES[name]
+    torch.save(state, tmp_path / "file.pth")
+    side = 2 * network.grid[0] * network.patch_size
+    words = ["--pretrained", tmp_path / "file.pth", "--data", classes, "--queries", 1, "--out", tmp_path]
+    attention_of(*words, "--image-size", side, "--mean", 0.5, "--std", 0.25, "--no-compare", "--precision", "fp64")
+    ((_, label, found),) = rows
+    assert label == "bee" and list(found) == ["trained"]
+    view = visualize.EvalView(side, interpolation=visualize.usual_interpolation(network))
+    with Image.open(classes / NAMES[9]) as image:
+        x = view.crop(visualize.to_tensor(image.convert("RGB"))).double() / 255
+    expected = copy.deepcopy(network).double().attention(4 * x[None] - 2)[0, :, 0, 1:]
+    expected = (expected / expected.sum(1, keepdim=True)).detach()
+    assert found["trained"].shape == (network.heads, side // network.patch_size, side // network.patch_size)
+    assert name != "mocov3 vit" or network.heads == 12
+    torch.testing.assert_close(found["trained"].flatten(1), expected, rtol=1e-5, atol=1e-7)
+
+
 # ---------------------------------------------------------------------------------------------- wrong commands
+@pytest.mark.parametrize("arch", ["resnet18", "swin_tiny", "torchvision:alexnet"])
+def test_networks_without_a_class_token_are_refused(arch, classes, capsys):
+    words = ["--pretrained", "random", "--arch", arch, "--data", classes, "--image-size", 64]
+    message = refused(capsys, attention_of, *words)
+    assert f"--attention: {arch} has no class token" in message and "ViTs and XCiTs" in message
+
+
 def test_one_line_for_a_mistake(classes, tmp_path, capsys, monkeypatch):
     words = ["--data", classes, "--out", tmp_path / "out"]
     assert "--k 18: 18 images" in refused(capsys, run, *words, "--neighbours", "--k", 18)
@@ -219,3 +345,5 @@ def test_one_line_for_a_mistake(classes, tmp_path, capsys, monkeypatch):
     assert "--k" in refused(capsys, run, *words, "--k", 0) and "--points" in refused(capsys, run, *words, "--points", 4)
     monkeypatch.setattr(Features, "forward", lambda self, x: torch.full((len(x), self.dim), torch.inf))
     assert "some features are not finite" in refused(capsys, run, *words)
+    assert "--threshold is for --attention" in refused(capsys, run, *words, "--threshold", 0.6)
+    assert "--threshold" in refused(capsys, run, *words, "--attention", "--threshold", 1.5)
