@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / "results" / "cifar10_subset"
 SHARED = "--arch resnet18 --width 0.25 --image-size 32 --batch-size 64 --epochs 15 --knn-every 5"
 SHARED += " --precision bf16 --workers 2 --log-every 39 --seed 0 --no-resume"
-RECIPES = {
+RECIPES = {  # by name of the script, with more behind a hyphen where it has several
     "simsiam": "--lr 0.24 --weight-decay 5e-4 --dim 512 --pred-dim 128",
     "simclr": "--lr 1 --lr-rule sqrt --warmup-epochs 1 --temperature 0.2 --color-strength 0.5 --crop-min 0.08",
     "byol": "--optimizer sgd --lr 0.4 --weight-decay 5e-4 --tau 0.99 --hidden-dim 512 --warmup-epochs 1"
@@ -41,6 +41,8 @@ RECIPES = {
     "relative_loc": "--image-size 28 --lr 0.4 --weight-decay 5e-4 --hidden-dim 512 --warmup-epochs 1",
     "dino": "--local-crops 4 --out-dim 1024 --hidden-dim 512 --bottleneck-dim 128 --warmup-epochs 1"
     " --teacher-momentum 0.99 --head-norm --lr 0.2 --weight-decay 5e-4",
+    "dino-vit": "--arch vit_tiny --width 0.5 --depth 4 --patch-size 4 --drop-path 0 --local-crops 2 --out-dim 1024"
+    " --hidden-dim 512 --bottleneck-dim 128 --warmup-epochs 1 --teacher-momentum 0.99 --head-norm --lr 4e-3",
     "mae": "--arch vit_tiny --width 0.5 --depth 6 --patch-size 4 --decoder-dim 64 --decoder-depth 2 --decoder-heads 4"
     " --lr 4e-3 --warmup-epochs 2 --pictures-every 5",
 }
@@ -73,7 +75,7 @@ def lists(data):
 
 
 def run_script(method, data, out, flags):
-    words = [f"{method}.py", *lists(data), *SHARED.split(), *flags.split(), "--out", out]
+    words = [f"{method.partition('-')[0]}.py", *lists(data), *SHARED.split(), *flags.split(), "--out", out]
     print(" ".join(words), flush=True)
     subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
 

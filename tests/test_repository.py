@@ -94,8 +94,9 @@ def test_nothing_of_this_machine_is_tracked():
 def test_recipes_of_the_results_are_accepted(module):
     """Flags that no script knows would show only after hours."""
     recipes = importlib.import_module(f"results.{module}")
-    assert recipes.RECIPES.keys() <= set(SCRIPTS)
-    for script, flags in recipes.RECIPES.items():
+    for name, flags in recipes.RECIPES.items():
+        script = name.partition("-")[0]
+        assert script in SCRIPTS
         words = ["--data", "cifar10", *recipes.SHARED.split(), *flags.split()]
         assert importlib.import_module(script).parse_args(words).image_size == (28 if script == "relative_loc" else 32)
 
