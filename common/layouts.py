@@ -53,6 +53,7 @@ LAYOUTS = (
     Layout("EsViT", r"teacher\.(backbone\.)?", "head_dense\\.", eps=1e-6),
     Layout("DINO", r"teacher\.backbone\."),
     Layout("EsViT", r"teacher\.", "head\\.", eps=1e-6),
+    Layout("CAE", r"model\.encoder\.", r"(alignment_encoder|teacher)\.", heads=(384, 12)),
     Layout("SimMIM", r"model\.encoder\.", r"decoder\.0\."),
     Layout("MAE", r"(model\.)?", "decoder_embed\\."),
     Layout("OBoW", r"network\.(feature_extractor\.)?(_feature_blocks\.)?"),

@@ -38,6 +38,8 @@ SCRIPTS = {
     "dino": "--arch vit_tiny --width 0.125 --local-crops 2 --out-dim 24 --hidden-dim 16 --bottleneck-dim 8".split(),
     "esvit": "--arch swin_tiny --width 0.125 --local-crops 2 --out-dim 24 --hidden-dim 16 --bottleneck-dim 8".split(),
     "mae": "--arch vit_tiny --width 0.25 --depth 2 --decoder-dim 16 --decoder-depth 1 --decoder-heads 2".split(),
+    "cae": "--arch vit_tiny --width 0.25 --depth 2 --regressor-depth 1 --decoder-depth 1 --target kmeans"
+    " --codebook 8".split(),
 }
 TINY = "--data fake:64 --arch resnet18 --width 0.125 --image-size 16 --batch-size 16 --epochs 4 --warmup-epochs 1"
 TINY += " --workers 2 --log-every 1 --knn-every 0 --seed 3"

@@ -32,7 +32,8 @@ def test_every_script_has_the_same_loop(script):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_script_is_one_readable_page(script):
     text = text_of(script)
-    assert len(text.splitlines()) <= (400 if script in ("dino", "esvit") else 320)  # two networks, eleven crops
+    limits = {"dino": 400, "esvit": 400, "cae": 480}  # two networks, eleven crops; four targets, a foreign tokenizer
+    assert len(text.splitlines()) <= limits.get(script, 320)
     assert re.findall(r"^# -{40,} (\w+)$", text, re.M) == BANNERS
     module = importlib.import_module(script)
     assert callable(module.main) and callable(module.parse_args)

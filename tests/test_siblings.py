@@ -292,6 +292,7 @@ COPIES = {
     "key_order": "moco densecl interclr",
     "enqueue": "moco.MoCo interclr.InterCLR",
     "info_nce": "moco densecl",
+    **dict.fromkeys("patchify unpatchify statistics".split(), "mae cae"),
     **dict.fromkeys("Head augmentation teacher_temp half_cosine entropies collapsed clip_each".split(), "dino esvit"),
 }
 
