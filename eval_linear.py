@@ -129,9 +129,9 @@ PROTOCOLS = {
 AUTO = {
     "moco": "moco", "featuretransformation": "moco", "densecl": "moco", "interclr": "moco",
     "simsiam": "simsiam", "simclr": "simclr", "byol": "byol", "swav": "swav", "barlowtwins": "barlow",
-    "vicreg": "barlow", "mocov3": "mocov3", "mae": "mae", "dino": "dino", "esvit": "dino",
-    "npid": "multihead", "deepcluster": "multihead", "odc": "multihead", "rotationpred": "multihead",
-    "relativeloc": "multihead",
+    "vicreg": "barlow", "directclr": "barlow", "mocov3": "mocov3", "mae": "mae", "cae": "mae", "dino": "dino",
+    "esvit": "dino", "npid": "multihead", "deepcluster": "multihead", "odc": "multihead",
+    "rotationpred": "multihead", "relativeloc": "multihead",
 }
 # fmt: on
 SMALL = 100_000  # training images, below which auto takes the protocol for small sets

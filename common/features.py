@@ -71,6 +71,23 @@ def output_std(z):
     return F.normalize(z.detach().float(), dim=1).std(0).mean() * z.shape[1] ** 0.5
 
 
+def singular_values(z, center=False):
+    """Of rows z (N, D), descending: (min(N, D),) in float64, by the smaller of both products of z with itself. center:
+    of the rows minus their mean."""
+    z = z.detach().to(torch.float32 if z.device.type == "mps" else torch.float64)
+    z = z - z.mean(0) if center else z
+    product = z.T @ z if len(z) > z.shape[1] else z @ z.T
+    return torch.linalg.eigvalsh(product).clamp(min=0).sqrt().flip(0)
+
+
+def effective_rank(z, center=False):
+    """In how many dimensions rows z (N, D) lie: exp of the entropy of their singular values, as shares of the sum (Roy
+    and Vetterli 2007; as RankMe, Garrido et al. 2023, without centring). From 1, all rows on a line, to min(N, D)."""
+    values = singular_values(z, center)
+    p = values / values.sum().clamp(min=1e-30) + 1e-7
+    return (-(p * p.log()).sum()).exp()
+
+
 class Features(nn.Module):
     """Several features of a backbone from one forward pass, side by side: (B, 3, H, W) -> (B, sum of dims).
 
