@@ -58,7 +58,7 @@ from common.run import Run
 from common.vit import Block, initialise, path_factors, vit
 
 TARGETS = {"dalle": "tokens of DALL-E", "kmeans": "centroids", "pixel": "pixels", "hog": "gradient histograms"}
-PIXELS, LOGITS = "blocks.input.w", "blocks.output.conv.b"  # first and last tensor of DALL-E's encoder
+PIXELS, LOGITS = "blocks.input.w", "blocks.output.conv.w"  # first and last tensor of DALL-E's encoder
 OWN = {"tokenizer": ("dalle",), "codebook": ("kmeans",), "norm_pix": ("kmeans", "pixel")}  # flags of some targets only
 
 
@@ -230,8 +230,8 @@ class CAE(nn.Module):
 
 
 @torch.no_grad()
-def tokenize(weights, x):
-    """Tokens (B, h w) that DALL-E's encoder gives images (B, 3, 8 h, 8 w) in [0, 1]: where its output is largest."""
+def token_logits(weights, x):
+    """What DALL-E's encoder gives for images (B, 3, 8 h, 8 w) in [0, 1]: (B, K, h, w). The largest is the token."""
 
     def conv(name, x):
         w, b = weights[f"{name}.w"], weights[f"{name}.b"]
@@ -244,7 +244,7 @@ def tokenize(weights, x):
             y = conv(f"{name}.res_path.conv_{i}", F.relu(y))
         x = (conv(f"{name}.id_path", x) if f"{name}.id_path.w" in weights else x) + y / 64
         x = F.max_pool2d(x, 2) if name[-1] == "2" and "group_4" not in name else x
-    return conv("blocks.output.conv", F.relu(x)).argmax(1).flatten(1)
+    return conv("blocks.output.conv", F.relu(x))
 
 
 def tokenizer_shapes(width=256, tokens=8192):
@@ -260,7 +260,7 @@ def tokenizer_shapes(width=256, tokens=8192):
 
 
 def load_tokenizer(path, channels, device):
-    """The weights that `tokenize` takes, from a file that has them under any prefix; also of another width."""
+    """The weights that `token_logits` takes, from a file that has them under any prefix; also of another width."""
     if not path:
         fail("--target dalle needs --tokenizer FILE, DALL-E's encoder; --target kmeans, pixel and hog need no file")
     if str(path).endswith(".pkl"):
@@ -271,9 +271,8 @@ def load_tokenizer(path, channels, device):
         for prefix in (name.removesuffix(PIXELS) for name in tensors if f".{name}".endswith(f".{PIXELS}")):
             found = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(f"{prefix}blocks.")}
             there = {k: tuple(v.shape) for k, v in found.items()}
-            shapes = tokenizer_shapes(
-                len(shaped(found, PIXELS, 256, 3, 7, 7)), len(shaped(found, LOGITS, 8192, 0, 1, 1))
-            )
+            width, tokens = len(shaped(found, PIXELS, 256, 3, 7, 7)), len(shaped(found, LOGITS, 8192, 2048, 1, 1))
+            shapes = tokenizer_shapes(width, tokens)
             for name in (name for name in shapes | there if shapes.get(name) != there.get(name)):
                 was, expected = there.get(name, "missing"), shapes.get(name, "no such tensor")
                 fail(f"--tokenizer {path}: {name} is {was}, DALL-E's encoder has {expected}")
@@ -419,7 +418,10 @@ def main(args):
     data = run.open(views, streams=[0] * len(views))
     std, mean = (torch.tensor(v, device=run.device).view(-1, 1, 1) for v in (run.view.std, run.view.mean))
     target_of, outputs = {  # CAE
-        "dalle": (lambda x, small: tokenize(tokenizer, small * std + mean), tokenizer and len(tokenizer[LOGITS])),
+        "dalle": (
+            lambda x, small: token_logits(tokenizer, small * std + mean).argmax(1).flatten(1),
+            tokenizer and len(tokenizer[LOGITS]),
+        ),
         "kmeans": (lambda x: nearest(normalised(x, size, args.norm_pix), model.codebook), args.codebook),
         "pixel": (lambda x: normalised(x, size, args.norm_pix), values),
         "hog": (lambda x: hog(x, size, cell), 9 * args.channels * (size // cell) ** 2),
