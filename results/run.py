@@ -23,6 +23,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / "results" / "cifar10_subset"
 SHARED = "--arch resnet18 --width 0.25 --image-size 32 --batch-size 64 --epochs 15 --knn-every 5"
 SHARED += " --precision bf16 --workers 2 --log-every 39 --seed 0 --no-resume"
+CAE = "--arch vit_tiny --width 0.5 --depth 6 --patch-size 4 --regressor-depth 2 --decoder-depth 2 --crop-min 0.2"
+CAE += " --drop-path 0 --lr 4e-3 --warmup-epochs 2"
 RECIPES = {  # by name of the script, with more behind a hyphen where it has several
     "simsiam": "--lr 0.24 --weight-decay 5e-4 --dim 512 --pred-dim 128",
     "simclr": "--lr 1 --lr-rule sqrt --warmup-epochs 1 --temperature 0.2 --color-strength 0.5 --crop-min 0.08",
@@ -45,6 +47,8 @@ RECIPES = {  # by name of the script, with more behind a hyphen where it has sev
     " --hidden-dim 512 --bottleneck-dim 128 --warmup-epochs 1 --teacher-momentum 0.99 --head-norm --lr 4e-3",
     "mae": "--arch vit_tiny --width 0.5 --depth 6 --patch-size 4 --decoder-dim 64 --decoder-depth 2 --decoder-heads 4"
     " --lr 4e-3 --warmup-epochs 2 --pictures-every 5",
+    "cae-kmeans": CAE + " --target kmeans --pictures-every 5",
+    "cae-hog": CAE + " --target hog",
 }
 LINEAR = "--protocol moco,simsiam,swav,multihead --epochs 10 --batch-size 256"
 FINETUNE = "--recipe plain --epochs 5 --warmup-epochs 1 --batch-size 64 --lr 4e-3 --layer-decay 0.75"
@@ -55,6 +59,9 @@ EVALUATIONS = {  # name: (script, pre-trained network, flags)
     "linear-random": ("eval_linear", "random", "--arch resnet18 --width 0.25 --image-size 32 " + LINEAR),
     "finetune-mae": ("eval_finetune", "runs/results/mae/backbone.pt", FINETUNE),
     "finetune-scratch": ("eval_finetune", "runs/results/mae-untrained/backbone.pt", FINETUNE),
+    "finetune-cae-kmeans": ("eval_finetune", "runs/results/cae-kmeans/backbone.pt", FINETUNE),
+    "finetune-cae-hog": ("eval_finetune", "runs/results/cae-hog/backbone.pt", FINETUNE),
+    "finetune-cae-scratch": ("eval_finetune", "runs/results/cae-hog-untrained/backbone.pt", FINETUNE),
 }
 
 
