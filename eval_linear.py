@@ -129,7 +129,8 @@ PROTOCOLS = {
 AUTO = {
     "moco": "moco", "featuretransformation": "moco", "densecl": "moco", "interclr": "moco",
     "simsiam": "simsiam", "simclr": "simclr", "byol": "byol", "swav": "swav", "barlowtwins": "barlow",
-    "vicreg": "barlow", "directclr": "barlow", "mocov3": "mocov3", "mae": "mae", "cae": "mae", "dino": "dino",
+    "vicreg": "barlow", "directclr": "barlow", "mocov3": "mocov3", "mae": "mae", "cae": "mae", "maskfeat": "mae",
+    "dino": "dino",
     "esvit": "dino", "npid": "multihead", "deepcluster": "multihead", "odc": "multihead",
     "rotationpred": "multihead", "relativeloc": "multihead",
 }

@@ -55,6 +55,7 @@ LAYOUTS = (
     Layout("EsViT", r"teacher\.", "head\\.", eps=1e-6),
     Layout("CAE", r"model\.encoder\.", r"(alignment_encoder|teacher)\.", heads=(384, 12)),
     Layout("SimMIM", r"model\.encoder\.", r"decoder\.0\."),
+    Layout("MaskFeat", r"model_state\.", "pred_head\\."),
     Layout("MAE", r"(model\.)?", "decoder_embed\\."),
     Layout("OBoW", r"network\.(feature_extractor\.)?(_feature_blocks\.)?"),
     Layout("VISSL", r"classy_state_dict\.base_model\.model\.trunk\.(_feature_blocks\.)?"),
@@ -92,6 +93,7 @@ RESNET_TRANSFORMERS = {
     r"\.shortcut\.convolution\.": ".downsample.0.",
     r"\.shortcut\.normalization\.": ".downsample.1.",
 }
+VIT_TIMM = {r"^pred_head\.transforms\.0\.0\.": "norm."}  # where the last norm is part of a head, as in MaskFeat
 VIT_CHUNKS = {r"^blocks\.\d+\.(\d+)\.": r"blocks.\1."}
 VIT_MMCLS = {
     r"^patch_embed\.projection\.": "patch_embed.proj.",
@@ -140,7 +142,7 @@ NAMINGS = (
     Naming("transformers", "swin", "encoder.layers.0.blocks.0.layernorm_before.weight", namings.SWIN_TRANSFORMERS),
     Naming("official", "xcit", "pos_embeder.token_projection.weight", {}),
     Naming("timm", "xcit", "pos_embed.token_projection.weight", namings.XCIT_TIMM),
-    Naming("timm", "vit", "blocks.0.attn.qkv.weight", {}),
+    Naming("timm", "vit", "blocks.0.attn.qkv.weight", VIT_TIMM),
     Naming("DINOv2", "vit", "blocks.0.0.attn.qkv.weight", VIT_CHUNKS),
     Naming("mmcls", "vit", "layers.0.attn.qkv.weight", VIT_MMCLS),
     Naming("torchvision", "vit", "encoder.layers.encoder_layer_0.self_attention.in_proj_weight", VIT_TORCHVISION),
@@ -151,7 +153,7 @@ NAMINGS = (
 HEADS = (
     r"fc\d?|linear|(\w+_)?heads?(_\w+)?|classifier|projector|predictor|prototypes|pre_logits|pooler|decoder|sobel_layer"
 )
-HEADS = rf"({HEADS})\.|mask(ed)?_(token|embed)$|decoder_|n_averaged$|.*\.(relative_position_index|attn_mask)$"
+HEADS = rf"({HEADS}|hogs)\.|mask(ed)?_(token|embed)$|decoder_|n_averaged$|.*\.(relative_position_index|attn_mask)$"
 # What transformers can also build with the same names: the settings of config.json that give the networks built here.
 CONFIG = {
     "vit": {"hidden_act": "gelu"},

@@ -22,7 +22,7 @@ def block_masks(seeds, grid, count, minimum=16, aspect=0.3, exact=True):
     rows, columns = grid
     seeds = (np.reshape(seeds, -1) * 2.0**53).astype(np.int64)
     missing, low = np.broadcast_to(count, len(seeds)).astype(np.float64), np.log(aspect)
-    if np.max(count) > rows * columns or round(minimum**0.5) >= min(grid):
+    if np.max(count) > rows * columns or max(1, round(minimum**0.5)) >= min(grid):
         blocks = f"{np.max(count)} patches in blocks of {minimum} or more"
         raise ValueError(f"{blocks} do not fit into a grid of {rows} x {columns}")
     masks = np.zeros((len(seeds), rows, columns), bool)

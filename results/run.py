@@ -47,6 +47,7 @@ RECIPES = {  # by name of the script, with more behind a hyphen where it has sev
     " --hidden-dim 512 --bottleneck-dim 128 --warmup-epochs 1 --teacher-momentum 0.99 --head-norm --lr 4e-3",
     "mae": "--arch vit_tiny --width 0.5 --depth 6 --patch-size 4 --decoder-dim 64 --decoder-depth 2 --decoder-heads 4"
     " --lr 4e-3 --warmup-epochs 2 --pictures-every 5",
+    "maskfeat": "--arch vit_tiny --width 0.5 --depth 6 --patch-size 4 --lr 4e-3 --warmup-epochs 2 --pictures-every 5",
     "cae-kmeans": CAE + " --target kmeans --pictures-every 5",
     "cae-hog": CAE + " --target hog",
 }

@@ -277,6 +277,9 @@ FILES = {
     "mae with decoder": ("MAE", VIT, {"args": ARGS, "scaler": {}, "model":
         under("", VIT) | head("mask_token", "decoder_pos_embed", "decoder_embed.weight")
         | head("decoder_blocks.0.attn.qkv.weight", "decoder_norm.weight", "decoder_pred.bias")}),
+    "maskfeat": ("MaskFeat", LEARNED, {"epoch": 1, "cfg": "text", "model_state":
+        renamed(under("^", LEARNED), ("^norm.", "pred_head.transforms.0.0."), ("^", ""))
+        | head("mask_token", "hogs.0.weight_x", "hogs.0.weight_y", "pred_head.projections.0.weight")}),
     "mmselfsup resnet": ("MMSelfSup", RESNET, {"meta": {"epoch": 1, "config": "text"}, "state_dict":
         under("backbone.", RESNET) | under("encoder_q.0.", RESNET) | under("encoder_k.0.", RESNET, 1.0)
         | head("queue", "neck.mlp.0.weight")}),
