@@ -292,35 +292,31 @@ def hog(images, patch_size=16, cell=8, bins=9, gaussian=False):
     if images.device.type == "cpu" and len(images) > 1 and images.numel() > 2**20:  # parts that its cache holds
         parts = images.split(max(1, 2**19 // images[0].numel()))
         return torch.cat([hog(part, patch_size, cell, bins, gaussian) for part in parts])
-    batch, channels, height, width = images.shape
+    height, width = images.shape[2:]
+    rows, columns, n = height // cell, width // cell, patch_size // cell
     x = F.pad(upcast(images).contiguous(), (1, 1, 1, 1), mode="reflect")
     dx, dy = x[..., :-2] - x[..., 2:], x[..., :-2, :] - x[..., 2:, :]
     gx = dx[..., 2:, :].add(dx[..., 1:-1, :], alpha=2).add_(dx[..., :-2, :])
     gy = dy[..., 2:].add(dy[..., 1:-1], alpha=2).add_(dy[..., :-2])
-    magnitude = torch.hypot(gx, gy)
+    strength = gx.hypot(gy)
     if gaussian:
-        n = (torch.arange(patch_size, device=x.device, dtype=x.dtype) - (patch_size - 1) / 2) / (patch_size // 2)
-        bell = torch.outer(n, n.new_ones(patch_size))
-        bell = (-(bell**2 + bell.T**2) / 2).exp()
-        magnitude *= (bell / bell.sum()).repeat(height // patch_size, width // patch_size)
-    # angles from -180 to 180 degrees fall into 2 bins + 1 parts (the last one holds 180 alone), folded afterwards
-    rows, columns = height // cell, width // cell
-    place = (
-        torch.arange(height, device=x.device)[:, None] // cell * columns + torch.arange(width, device=x.device) // cell
-    )
-    place = torch.atan2(gx, gy).mul_(bins / math.pi).floor_().long().add_(place * (2 * bins + 1) + bins)
-    found = x.new_zeros(batch * channels, rows * columns * (2 * bins + 1))
-    found = found.scatter_add_(1, place.flatten(2).flatten(0, 1), magnitude.flatten(2).flatten(0, 1))
-    found = found.view(batch, channels, rows * columns, 2 * bins + 1)
+        bell = torch.arange(1 - patch_size, patch_size, 2, device=x.device, dtype=x.dtype).div_(patch_size)
+        bell = bell.square_().div_(-2).exp_()
+        strength *= torch.outer(bell, bell).repeat(height // patch_size, width // patch_size)
+    # orientations from -180 to 180 degrees: 2 bins + 1 parts, the last for 180 alone, folded where pixels are few
+    y, x = (torch.arange(side, device=x.device) // cell for side in (height, width))
+    part = torch.atan2(gx, gy).mul_(bins / math.pi).floor_().long().add_(bins)
+    part += (y[:, None] * columns + x) * (2 * bins + 1)
+    found = strength.new_zeros(*images.shape[:2], rows * columns * (2 * bins + 1))
+    found = found.scatter_add_(2, part.flatten(2), strength.flatten(2)).unflatten(2, (rows * columns, -1))
     cells = found[..., :bins] + found[..., bins:-1]
     cells[..., 0] += found[..., -1]
-    n = patch_size // cell
-    cells = F.normalize(cells, dim=3).view(batch, channels, rows // n, n, columns // n, n, bins)
-    return cells.permute(0, 2, 4, 1, 6, 3, 5).reshape(batch, rows * columns // n**2, -1)
+    cells = F.normalize(cells, dim=3).unflatten(2, (rows // n, n, columns // n, n))
+    return cells.permute(0, 2, 4, 1, 6, 3, 5).flatten(3).flatten(1, 2)
 
 
 def default_cell(patch_size):
-    """Pixels of a cell: the largest part of a patch from 4 to 8, at most half of it (16: 8, 8: 4); else the patch."""
+    """Pixels of a cell: the largest divisor of a patch from 4 to 8 that is at most half of it; else the patch."""
     return max((n for n in range(4, min(8, patch_size // 2) + 1) if patch_size % n == 0), default=patch_size)
 
 

@@ -286,13 +286,14 @@ def test_mistakes_end_in_one_line(words, message, capsys, tmp_path):
 
 # ----------------------------------------------------------------------------------------------------- copies
 COPIES = {
-    "reset_target": "byol.BYOL moco.MoCo mocov3.MoCoV3 densecl.DenseCL interclr.InterCLR",
-    "update_target": "byol.BYOL moco.MoCo mocov3.MoCoV3 densecl.DenseCL interclr.InterCLR",
+    "reset_target": "byol.BYOL moco.MoCo moco_ft.MoCoFT mocov3.MoCoV3 densecl.DenseCL interclr.InterCLR",
+    "update_target": "byol.BYOL moco.MoCo moco_ft.MoCoFT mocov3.MoCoV3 densecl.DenseCL interclr.InterCLR",
     "target_momentum": "byol mocov3",
-    "key_order": "moco densecl interclr",
-    "enqueue": "moco.MoCo interclr.InterCLR",
+    "key_order": "moco moco_ft densecl interclr",
+    "enqueue": "moco.MoCo moco_ft.MoCoFT interclr.InterCLR",
     "info_nce": "moco densecl",
     **dict.fromkeys("patchify unpatchify statistics".split(), "mae cae"),
+    **dict.fromkeys("hog default_cell".split(), "maskfeat cae"),
     **dict.fromkeys("Head augmentation teacher_temp half_cosine entropies collapsed clip_each".split(), "dino esvit"),
 }
 
