@@ -127,7 +127,7 @@ PROTOCOLS = {
                           colour=True),
 }
 AUTO = {
-    "moco": "moco", "featuretransformation": "moco", "densecl": "moco", "interclr": "moco",
+    "moco": "moco", "mocoft": "moco", "featuretransformation": "moco", "densecl": "moco", "interclr": "moco",
     "simsiam": "simsiam", "simclr": "simclr", "byol": "byol", "swav": "swav", "barlowtwins": "barlow",
     "vicreg": "barlow", "directclr": "barlow", "mocov3": "mocov3", "mae": "mae", "cae": "mae", "maskfeat": "mae",
     "dino": "dino",
