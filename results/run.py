@@ -31,6 +31,8 @@ RECIPES = {  # by name of the script, with more behind a hyphen where it has sev
     "byol": "--optimizer sgd --lr 0.4 --weight-decay 5e-4 --tau 0.99 --hidden-dim 512 --warmup-epochs 1"
     " --crop-min 0.08",
     "moco": "--lr 0.12 --weight-decay 5e-4 --crop-min 0.2 --temperature 0.1 --queue 4096 --key-momentum 0.99",
+    "moco_ft": "--lr 0.12 --weight-decay 5e-4 --crop-min 0.2 --temperature 0.1 --queue 4096 --key-momentum 0.99",
+    "directclr": "--lr 8 --warmup-epochs 1 --temperature 0.2 --crop-min 0.08 --d0 45",
     "densecl": "--lr 0.12 --weight-decay 5e-4 --crop-min 0.2 --queue 4096 --key-momentum 0.99",
     "interclr": "--lr 0.12 --weight-decay 5e-4 --crop-min 0.2 --queue 4096 --clusters 50",
     "barlowtwins": "--dim 512 --lambd 0.005 --warmup-epochs 1 --lr 1 --lr-biases 0.024 --crop-min 0.08",
@@ -47,6 +49,8 @@ RECIPES = {  # by name of the script, with more behind a hyphen where it has sev
     " --hidden-dim 512 --bottleneck-dim 128 --warmup-epochs 1 --teacher-momentum 0.99 --head-norm --lr 4e-3",
     "mae": "--arch vit_tiny --width 0.5 --depth 6 --patch-size 4 --decoder-dim 64 --decoder-depth 2 --decoder-heads 4"
     " --lr 4e-3 --warmup-epochs 2 --pictures-every 5",
+    "simmim": "--arch vit_tiny --width 0.5 --depth 6 --patch-size 4 --drop-path 0 --schedule cosine --lr 8e-3"
+    " --warmup-lr 0 --warmup-epochs 2 --pictures-every 5",
     "maskfeat": "--arch vit_tiny --width 0.5 --depth 6 --patch-size 4 --lr 4e-3 --warmup-epochs 2 --pictures-every 5",
     "cae-kmeans": CAE + " --target kmeans --pictures-every 5",
     "cae-hog": CAE + " --target hog",
@@ -60,6 +64,8 @@ EVALUATIONS = {  # name: (script, pre-trained network, flags)
     "linear-random": ("eval_linear", "random", "--arch resnet18 --width 0.25 --image-size 32 " + LINEAR),
     "finetune-mae": ("eval_finetune", "runs/results/mae/backbone.pt", FINETUNE),
     "finetune-scratch": ("eval_finetune", "runs/results/mae-untrained/backbone.pt", FINETUNE),
+    "finetune-simmim": ("eval_finetune", "runs/results/simmim/backbone.pt", FINETUNE),
+    "finetune-simmim-scratch": ("eval_finetune", "runs/results/simmim-untrained/backbone.pt", FINETUNE),
     "finetune-cae-kmeans": ("eval_finetune", "runs/results/cae-kmeans/backbone.pt", FINETUNE),
     "finetune-cae-hog": ("eval_finetune", "runs/results/cae-hog/backbone.pt", FINETUNE),
     "finetune-cae-scratch": ("eval_finetune", "runs/results/cae-hog-untrained/backbone.pt", FINETUNE),
@@ -97,8 +103,9 @@ def run(method, data):
 
 def evaluate(name, data):
     script, pretrained, flags = EVALUATIONS[name]
-    if name == "finetune-scratch":  # the same network after one step of the warm-up, whose learning rate is 0
-        run_script("mae", data, "runs/results/mae-untrained", f"{RECIPES['mae']} --max-steps 1 --knn-every 0")
+    method, untrained, _ = Path(pretrained).parent.name.partition("-untrained")
+    if untrained:  # the same network after one step of the warm-up, whose learning rate is 0
+        run_script(method, data, f"runs/results/{method}-untrained", f"{RECIPES[method]} --max-steps 1 --knn-every 0")
     out = f"runs/results/{name}"
     words = [f"{script}.py", "--pretrained", pretrained, *lists(data), *flags.split(), "--out", out]
     words += ["--precision", "bf16", "--workers", "2"]
