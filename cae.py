@@ -94,7 +94,7 @@ def parse_args(argv=None):
     group.add_argument(
         "--lr", type=positive(float), default=1.875e-4, help="per 256 images: multiplied by batch-size / 256"
     )
-    group.add_argument("--min-lr", type=at_least(0, float), default=1e-5, help="at the end, as it is")
+    group.add_argument("--min-lr", type=at_least(0, float), default=1.25e-6, help="at the end, also per 256 images")
     group.add_argument("--weight-decay", type=at_least(0, float), default=0.05, help="not of biases and norms")
     group.add_argument("--momentum", type=below_one, default=0.9)
     group.add_argument("--clip", type=at_least(0, float), default=3.0, help="largest norm of the gradient (0: any)")
@@ -108,6 +108,8 @@ def parse_args(argv=None):
     for name in OWN.keys() & args.given:
         if args.target not in OWN[name]:
             parser.error(f"--{name.replace('_', '-')} is for --target {' or '.join(OWN[name])}, not for {args.target}")
+    if args.min_lr >= args.lr:
+        parser.error(f"--min-lr {args.min_lr} must be smaller than --lr {args.lr}")
     args.image_size = args.image_size or default_size(args.data)
     return args
 
@@ -347,8 +349,8 @@ def find_codebook(data, view, k, patch_size, norm_pix, seed, device, workers, dt
 
 # ------------------------------------------------------------------------------------------------------- loss
 def cae_loss(prediction, target, z, target_z, align_weight=2.0):
-    """Cross entropy of tokens, or mean squared error of vectors, plus that of z (section 3.2), each a mean over batch,
-    hidden patches and dimensions; no gradient into targets.
+    """Cross entropy of tokens, or mean squared error of vectors, plus align_weight times that of z: means over batch,
+    hidden patches and dimensions. No gradient passes into targets.
 
     prediction: (B, M, K), target: tokens (B, M) or vectors (B, M, K), z, target_z: (B, M, D) -> scalar.
     """
@@ -444,7 +446,7 @@ def main(args):
 
     for epoch in run.epochs():
         for step, batches in run.steps(epoch):
-            lr = peak * cosine(step, run.total, run.warmup, final=args.min_lr / peak)
+            lr = peak * cosine(step, run.total, run.warmup, final=args.min_lr / args.lr)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             for batch in batches:

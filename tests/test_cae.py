@@ -417,7 +417,8 @@ def test_recipe_is_the_papers():
     args = parsed("cae", "--data", "/images")
     assert (args.arch, args.image_size, args.batch_size, args.target) == ("vit_base", 224, 2048, "dalle")
     assert (args.epochs, args.warmup_epochs, args.crop_min, args.clip) == (300, 10, 0.08, 3.0)
-    assert (args.lr * args.batch_size / 256, args.min_lr, args.weight_decay) == (pytest.approx(1.5e-3), 1e-5, 0.05)
+    rates = [rate * args.batch_size / 256 for rate in (args.lr, args.min_lr)]
+    assert rates == pytest.approx([1.5e-3, 1e-5]) and args.weight_decay == 0.05
     assert (args.regressor_depth, args.decoder_depth, args.align_weight) == (4, 4, 2.0)
     assert (args.layer_scale, args.drop_path, args.masked) == (0.1, 0.1, None)
     assert {"target", "tokenizer", "codebook", "masked"} <= {*args.held}
@@ -428,7 +429,7 @@ def test_recipe_is_the_papers():
 
 
 def test_optimizer(tmp_path):
-    saved = train("cae", tmp_path, "--max-steps", 6, "--min-lr", 1e-6)["optimizer"]
+    saved = train("cae", tmp_path, "--max-steps", 6, "--min-lr", 1.6e-5)["optimizer"]
     decayed, plain = saved["param_groups"]
     assert decayed["betas"] == plain["betas"] == (0.9, 0.999)
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
@@ -600,6 +601,7 @@ def test_official_files_are_read(kind, tmp_path, capsys):
         ("--patch-size 16", "--masked 0 of 1 patches"),
         ("--patch-size 5", "--patch-size"),
         ("--heads 5", "5 heads"),
+        ("--lr 1e-6", "--min-lr 1.25e-06 must be smaller than --lr 1e-06"),
         ("--drop-path 1", "--drop-path: must be less than 1"),
         ("--regressor-depth 0", "--regressor-depth: must be greater than 0"),
     ],
