@@ -132,7 +132,7 @@ AUTO = {
     "vicreg": "barlow", "directclr": "barlow", "mocov3": "mocov3", "mae": "mae", "cae": "mae", "maskfeat": "mae",
     "dino": "dino",
     "esvit": "dino", "npid": "multihead", "deepcluster": "multihead", "odc": "multihead",
-    "rotationpred": "multihead", "relativeloc": "multihead",
+    "rotationpred": "multihead", "relativeloc": "multihead", "protoclr": "swav",
 }
 # fmt: on
 SMALL = 100_000  # training images, below which auto takes the protocol for small sets

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from common import formats, layouts, networks, resnet, swin, vit, xcit
+from common import conv4, formats, layouts, networks, resnet, swin, vit, xcit
 from common.args import default_size, fail
 from common.distributed import barrier, is_main, print0
 from common.files import atomic, make_folder
@@ -21,7 +21,8 @@ from common.folders import nearest_name
 
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 
-MAKERS = {"vit": vit.vit, "swin": swin.swin, "xcit": xcit.xcit}  # of the networks that take whatever the shapes tell
+# of the networks that take whatever the shapes tell
+MAKERS = {"vit": vit.vit, "swin": swin.swin, "xcit": xcit.xcit, "conv4": conv4.conv4}
 FORMAT = 2  # of last.pt: a state of another number is that of another version of these scripts
 
 
@@ -243,7 +244,7 @@ def _equal(a, b):
 
 def network_shape(found, arch=None):
     """The arguments that build the network: what the file says, and where it says nothing, what its shapes tell."""
-    if found.family == "library":
+    if found.family in ("library", "conv4"):  # of our own files alone, which say it
         return {k: found.meta[k] for k in ("arch", "width", "image_size", "channels")}
     told = layouts.shape_of(found.family, found.weights, found.layout, arch)
     return told | {k: v for k, v in found.meta.items() if k in told and k != "image_size"}
@@ -387,7 +388,7 @@ def build_backbone(found, path, arch=None, width=None, image_size=None, channels
     elif found.family in MAKERS:
         size = image_size or found.meta.get("image_size", size)
         backbone = make_network(found, shape | {"image_size": size}, where)  # its size decides which windows shift
-        kind += f", patches of {shape['patch_size']}"
+        kind += f", patches of {shape['patch_size']}" if "patch_size" in shape else ""
         if found.family == "swin":
             kind += f", windows of {'/'.join(map(str, shape['window']))}, {'/'.join(map(str, shape['depths']))} blocks"
     if shape.get("small"):

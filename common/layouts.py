@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torchvision.models.resnet import Bottleneck
 
-from common import namings, resnet, swin, vit, xcit
+from common import conv4, namings, resnet, swin, vit, xcit
 from common.namings import shaped
 
 # What parallel, compiled, sharded and averaged modules put into names, wherever they stand.
@@ -215,7 +215,7 @@ def _own(state):
     prefix, tensors = str(state.get("backbone_prefix", "")), containers(state).get(place, {})
     weights = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     arch = str(meta.get("arch"))
-    known = {"vit": vit.ARCHS, "swin": swin.ARCHS, "xcit": xcit.ARCHS}
+    known = {"vit": vit.ARCHS, "swin": swin.ARCHS, "xcit": xcit.ARCHS, "conv4": conv4.ARCHS}
     family = next((family for family in known if arch in known[family]), "library" if ":" in arch else "resnet")
     return Found("unknown", family, weights, place + prefix, NAMINGS[0], UNKNOWN, _total(tensors), meta)
 

@@ -36,11 +36,13 @@ SCRIPTS = {
     "densecl": ["--dim", "16", "--queue", "40"],
     "directclr": [],
     "interclr": "--dim 16 --queue 40 --clusters 6 --min-cluster 8 --centroid-every 2 --negatives 6 --pool 20".split(),
+    "protoclr": ["--arch", "conv4"],
     "rotation_pred": [],
     "relative_loc": ["--hidden-dim", "32", "--image-size", "32"],
     "dino": "--arch vit_tiny --width 0.125 --local-crops 2 --out-dim 24 --hidden-dim 16 --bottleneck-dim 8".split(),
     "esvit": "--arch swin_tiny --width 0.125 --local-crops 2 --out-dim 24 --hidden-dim 16 --bottleneck-dim 8".split(),
     "mae": "--arch vit_tiny --width 0.25 --depth 2 --decoder-dim 16 --decoder-depth 1 --decoder-heads 2".split(),
+    "simmim": "--arch vit_tiny --width 0.25 --depth 2".split(),
     "maskfeat": "--arch vit_tiny --width 0.25 --depth 2".split(),
     "cae": "--arch vit_tiny --width 0.25 --depth 2 --regressor-depth 1 --decoder-depth 1 --target kmeans"
     " --codebook 8".split(),
