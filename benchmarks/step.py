@@ -21,6 +21,7 @@ A loss that is not finite ends the script with an error, and so the benchmark.
 import contextlib
 import copy
 import dataclasses
+import functools
 import importlib
 import io
 import json
@@ -156,9 +157,15 @@ def floor_of(name, model, amp):
     return passing
 
 
+@functools.lru_cache(maxsize=4)
+def gradient(shape, dtype, device):
+    """Random numbers, drawn once: for many outputs drawing them is some percent of the passes."""
+    return torch.randn(shape, dtype=dtype, device=device)
+
+
 def backward(model, *outputs):
     """Sends random gradients through outputs, as no loss is to be computed."""
-    torch.autograd.backward(outputs, [torch.randn_like(x) for x in outputs])
+    torch.autograd.backward(outputs, [gradient(x.shape, x.dtype, x.device) for x in outputs])
     model.zero_grad()
 
 
