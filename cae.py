@@ -414,7 +414,6 @@ def main(args):
         fail(f"--masked {masked} of {patches} patches: at least one must be hidden, and one visible")
     views = augmentation(args.image_size, args.crop_min, args.flip, 8 * grid[0] if tokenizer else 0)
     data = run.open(views, streams=[0] * len(views))
-    std, mean = (torch.tensor(v, device=run.device).view(-1, 1, 1) for v in (run.view.std, run.view.mean))
     target_of, outputs = {  # CAE
         "dalle": (
             lambda x, small: token_logits(tokenizer, small * std + mean).argmax(1).flatten(1),
@@ -431,6 +430,7 @@ def main(args):
     codebook = args.codebook if args.target == "kmeans" else 0
     depths = (args.regressor_depth, args.decoder_depth)
     model = run.place(CAE(backbone, outputs, codebook, *depths, args.layer_scale, args.drop_path))
+    std, mean = (torch.tensor(v, device=run.device).view(-1, 1, 1) for v in (run.view.std, run.view.mean))
     peak = args.lr * args.batch_size / 256
     groups = param_groups(model, args.weight_decay)  # CAE: class and mask token decay, as in the official code
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=(args.momentum, 0.999))
