@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LOGS = ROOT / "results" / "cifar10_subset"
 SHARED = "--arch resnet18 --width 0.25 --image-size 32 --batch-size 64 --epochs 15 --knn-every 5"
 SHARED += " --precision bf16 --workers 2 --log-every 39 --seed 0 --no-resume"
-CAE = "--arch vit_tiny --width 0.5 --depth 6 --patch-size 4 --regressor-depth 2 --decoder-depth 2 --crop-min 0.2"
+CAE = "--arch vit_tiny --width 0.5 --depth 4 --patch-size 4 --regressor-depth 1 --decoder-depth 1 --crop-min 0.2"
 CAE += " --drop-path 0 --lr 4e-3 --warmup-epochs 2"
 RECIPES = {  # by name of the script, with more behind a hyphen where it has several
     "simsiam": "--lr 0.24 --weight-decay 5e-4 --dim 512 --pred-dim 128",
