@@ -7,10 +7,11 @@ import functools
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.swin_transformer import PatchMerging
 
 from common.args import fail
-from common.vit import kept, offsets, path_factors
+from common.vit import TABLE, kept, offsets, path_factors, resize_table
 
 __all__ = ["ARCHS", "Swin", "default_patch", "default_window", "path_factors", "swin"]
 
@@ -116,12 +117,13 @@ class Swin(nn.Module):
     depths, heads, window: of the stages. image_size: pixels that the network is made for. A stage whose map is not
     larger than its window then does not shift it, and still does if images of another size make the map smaller, as in
     the official code. Pixels on the right and at the bottom that do not fill a patch are not seen. A page composes its
-    variant of three steps: `embed`, `encode`, and what it does with the maps.
+    variant of three steps: `embed`, `encode`, and what it does with the maps. checkpointing (an attribute): the
+    backward pass recomputes the blocks instead of storing their insides.
     """
 
     def __init__(self, dim, depths, heads, window, patch_size=4, image_size=224, eps=1e-5, channels=3):
         super().__init__()
-        self.patch_size, self.pool = patch_size, "mean"
+        self.patch_size, self.embed_dim, self.pool, self.checkpointing = patch_size, dim, "mean", False
         proj = nn.Conv2d(channels, dim, patch_size, stride=patch_size)
         self.patch_embed = nn.ModuleDict({"proj": proj, "norm": nn.LayerNorm(dim, eps=eps)})
         self.layers, sides = nn.ModuleList(), map_sides(image_size, patch_size, len(depths))
@@ -152,9 +154,11 @@ class Swin(nn.Module):
         """Pixels of the image per token of the last map."""
         return self.patch_size * 2 ** (len(self.layers) - 1)
 
-    def embed(self, x):
-        """Patches (B, H/P, W/P, D), where a mask token may replace some, D the dimension of the first stage."""
-        return self.patch_embed["norm"](self.patch_embed["proj"](x).permute(0, 2, 3, 1))
+    def embed(self, x, mask=None, token=None):
+        """Patches (B, H/P, W/P, D), D the dimension of the first stage. mask: (B, L), 1 where the vector `token`
+        (1, 1, D) stands in place of an embedded patch."""
+        x = self.patch_embed["norm"](self.patch_embed["proj"](x).permute(0, 2, 3, 1))
+        return x if mask is None else torch.where(mask.view(*x.shape[:3], 1) > 0, token[:, None], x)
 
     def encode(self, x, n=1, paths=None):
         """Maps (B, h, w, D) after each of the last n blocks, of the embedded patches; those of the last stage after
@@ -162,7 +166,9 @@ class Swin(nn.Module):
         outputs, i = [], 0
         for layer in self.layers:
             for block in layer.blocks:
-                x = block(x, None if paths is None else paths[2 * i : 2 * i + 2])
+                part = None if paths is None else paths[2 * i : 2 * i + 2]
+                again = self.checkpointing and torch.is_grad_enabled()
+                x = checkpoint(block, x, part, use_reentrant=False) if again else block(x, part)
                 outputs, i = [*outputs, self.norm(x) if layer is self.layers[-1] else x][-n:], i + 1
             x = layer.downsample(x)
         return outputs
@@ -174,6 +180,10 @@ class Swin(nn.Module):
     def tokens(self, x, paths=None):
         """All tokens after the final norm (B, L, dim), row by row."""
         return self.last(x, 1, paths)[0]
+
+    def maps(self, x, paths=None, mask=None, token=None):
+        """The last map after the final norm: (B, dim, h, w). mask, token: see `embed`."""
+        return self.encode(self.embed(x, mask, token), 1, paths)[0].permute(0, 3, 1, 2)
 
     def forward(self, x, paths=None):
         return self.tokens(x, paths).mean(1)
@@ -221,3 +231,27 @@ def swin(arch, image_size=224, width=1.0, patch_size=None, window=None, depths=N
     model = Swin(dim, depths, heads, window, patch_size, image_size, eps, channels)
     model.config = {"patch_size": patch_size, "depths": depths, "heads": heads, "window": window, "eps": eps}
     return model
+
+
+def with_window(model, window, image_size):
+    """The same network with other windows, made for images of this size: its tables of relative positions are
+    interpolated (common.vit.resize_table). window: as in `swin`."""
+    old, sides = model.config["window"], map_sides(image_size, model.patch_size, len(model.layers))
+    config = model.config | {"window": [min(window, side) for side in sides]}
+    proj, (patch, depths, heads, windows, eps) = model.patch_embed["proj"], config.values()
+    other = Swin(model.embed_dim, depths, heads, windows, patch, image_size, eps, proj.in_channels)
+    weights = model.state_dict()
+    for i, (was, now) in enumerate(zip(old, windows, strict=True)):
+        for name in [n for n in weights if n.startswith(f"layers.{i}.") and n.endswith(TABLE)]:
+            weights[name] = resize_table(weights[name], (was, was), (now, now))
+    other.load_state_dict(weights)
+    other.config = config
+    return other
+
+
+def padding(model, image_size):
+    """What to say of a Swin's maps that its windows do not divide, for images of this size; "" if there are none."""
+    windows = model.config["window"] if isinstance(model, Swin) else []
+    sides = map_sides(image_size, model.patch_size, len(windows)) if windows else []
+    found = [f"{side} x {side} by {window}" for side, window in zip(sides, windows, strict=True) if side % window]
+    return f"windows do not divide the maps, which are padded: {', '.join(found)}" if found else ""

@@ -229,6 +229,7 @@ class ViT(nn.Module):
     ):
         super().__init__()
         self.dim, self.heads, self.patch_size, self.pool, self.checkpointing = dim, heads, patch_size, pool, False
+        self.embed_dim, self.stride = dim, patch_size
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.grid = (height // patch_size, width // patch_size)
         self.patch_embed = PatchEmbed(patch_size, dim, channels)
@@ -324,6 +325,10 @@ class ViT(nn.Module):
     def tokens(self, x, keep=None, paths=None, mask=None, token=None):
         """All tokens after the final norm (B, 1 + L, dim), the class token first. See `last`."""
         return self.last(x, 1, keep, paths, mask, token)[0]
+
+    def maps(self, x, paths=None, mask=None, token=None):
+        """The patch tokens of `tokens` in their places: (B, dim, H/P, W/P)."""
+        return self.tokens(x, None, paths, mask, token)[:, 1:].mT.unflatten(2, self.grid_of(x))
 
     def forward(self, x, paths=None):
         x = self.tokens(x, paths=paths)
