@@ -6,23 +6,34 @@
 --recipe vit: as in the code of MAE (He et al., CVPR 2022, arXiv 2111.06377). The learning rate decreases from each
 layer to the one below; drop path, RandAugment, random erasing, mixup and CutMix regularise; the classifier reads the
 mean of the patch tokens through a new norm layer, or what a Swin or an XCiT gives. --recipe plain: crops, flips and
-cross-entropy.
+cross-entropy. Networks of SimMIM, MaskFeat and CAE take the recipe of their official code unless told otherwise.
 
-recipe  epochs  batch  lr per 256  schedule                     weight decay  layer decay  drop path
-vit     100     1024   5e-4        AdamW, warm-up 5, cosine     0.05          0.65         0.1       ViT-B and smaller
-        50      1024   1e-3        AdamW, warm-up 5, cosine     0.05          0.75         0.2, 0.3  ViT-L, ViT-H
-plain   30      256    0.01        SGD, cosine                  1e-4          -            -         a ViT: as vit
+recipe    epochs  batch  lr per 256  schedule                    weight decay  layer decay  drop path
+vit       100     1024   5e-4        AdamW, warm-up 5, cosine    0.05          0.65         0.1       ViT-B and smaller
+          50      1024   1e-3        AdamW, warm-up 5, cosine    0.05          0.75         0.2, 0.3  ViT-L, ViT-H
+simmim    100     2048   6.25e-4     AdamW, warm-up 20, cosine   0.05          0.65         0.1       ViT; clip 5
+                                     from the first step on                    0.9, 0.7     0.1, 0.2  Swins, Swin-L
+maskfeat  100     2048   1e-3        AdamW, warm-up 20, cosine   0.05          0.65         0.1       ViT-B and smaller
+          50      2048   1e-3        AdamW, warm-up 5, cosine    0.05          0.75         0.1       ViT-L
+cae       100     4096   5e-4        AdamW, warm-up 5, cosine    0.05          0.65         0.1       ViT-B and smaller
+          50      4096   1.25e-4     AdamW, warm-up 5, cosine    0.05          0.75         0.2       ViT-L
+plain     30      256    0.01        SGD, cosine                 1e-4          -            -         a ViT: as vit
+
+simmim, cae: every block of a ViT has relative positions of its own, copies of shared ones (in any recipe) or zeros.
+cae: the network's own norm follows the mean, fixed positions stay so, colours jitter instead of RandAugment. A Swin of
+192 px goes to 224 by --image-size 224 --window 7, SimMIM's of 800 epochs with --layer-decay 0.8.
 
 Test images: shorter side to 256 and central 224 pixels, or sizes in this ratio; without the margin above 224 pixels, as
 in MAE's code, and up to 64. Bicubic for ViTs, Swins and XCiTs, bilinear for ResNets.
 
 Published, ImageNet top-1: MAE, 1600 epochs, ViT-B 83.6, ViT-L 85.9, ViT-H 86.9 (official); ViT-B, 400 epochs, 83.1
-(MMSelfSup 0.11). Ours: not run.
+(MMSelfSup 0.11); of other methods in their pages. Ours: not run.
 
 Deviations: nothing random depends on the number of processes. An image is mixed with its neighbour in the shuffled
 order, not with the image at the mirrored position in the batch of its process, and 32 images share a draw, as on each
-of the 32 processes of the published ViT-B. Our choice, not published: --recipe plain; and the same for ViTs below B,
-Swins and XCiTs (whose drop path is the same at any depth).
+of the 32 processes of the published ViT-B. Tables of relative positions have no weight decay, in ViTs either; rates of
+lower layers start and end lower, too. Our choice, not published: --recipe plain; and the same for ViTs below B, Swins
+but for SimMIM's, and XCiTs (whose drop path is the same at any depth).
 The network and its classifier are saved as finetune.pt, which predict.py applies to new images.
 "best" is chosen on the test images, as is usual; the other figures are those of the last validation.
 """
@@ -41,8 +52,8 @@ from PIL import Image, ImageEnhance, ImageOps
 from torch import nn
 from tqdm import tqdm
 
-from common import rng, xcit
-from common.args import Parser, at_least, below_one, fail, number, positive, probability, share
+from common import rng, swin, xcit
+from common.args import Parser, at_least, below_one, fail, number, positive, probability, share, toggle
 from common.augment import FLIP, JITTER, EvalView, View, to_device
 from common.checkpoint import load_pretrained
 from common.classes import class_names
@@ -58,20 +69,31 @@ from common.pictures import save_views
 from common.run import Run
 from common.vit import ViT, path_factors
 
-MIXED = {"rand_augment": 9.0, "erase": 0.25, "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1}
+MIXED = {"rand_augment": 9.0, "color_jitter": 0.0, "erase": 0.25, "mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1}
 UNMIXED = dict.fromkeys(MIXED, 0.0)
+COMMON = {"warmup_lr": 0.0, "head_lr": 1.0, "clip": 0.0, "relative_positions": False}
 VIT = {"epochs": 100, "warmup_epochs": 5, "batch_size": 1024, "lr": 5e-4, "min_lr": 1e-6, "weight_decay": 0.05}
-VIT |= {"layer_decay": 0.65, "drop_path": 0.1, "head_lr": 1.0}
+VIT |= COMMON | {"layer_decay": 0.65, "drop_path": 0.1}
 SGD = {"epochs": 30, "warmup_epochs": 0, "batch_size": 256, "lr": 0.01, "min_lr": 0.0, "weight_decay": 1e-4}
-SGD |= {"layer_decay": 1.0, "drop_path": 0.0, "head_lr": 1.0}
+SGD |= COMMON | {"layer_decay": 1.0, "drop_path": 0.0}
+SIMMIM = {"batch_size": 2048, "lr": 6.25e-4, "warmup_epochs": 20, "warmup_lr": 1e-6, "clip": 5.0}
+MASKFEAT = {"batch_size": 2048, "lr": 1e-3, "warmup_epochs": 20, "warmup_lr": 4e-8, "min_lr": 4e-6}
+CAE = {"batch_size": 4096, "rand_augment": 0.0, "color_jitter": 0.4}
 RECIPES = {  # by name and by whether the network is a ViT
     ("vit", True): VIT | MIXED,
+    ("simmim", True): VIT | MIXED | SIMMIM | {"relative_positions": True},
+    ("maskfeat", True): VIT | MIXED | MASKFEAT,
+    ("cae", True): VIT | MIXED | CAE | {"relative_positions": True},
     ("plain", True): VIT | UNMIXED,
     ("plain", False): SGD | UNMIXED,
 }
-LARGE = {"epochs": 50, "lr": 1e-3, "layer_decay": 0.75}
+LARGE = {"epochs": 50, "warmup_epochs": 5, "lr": 1e-3, "layer_decay": 0.75}
+BY_ARCH = {("simmim", arch): {"layer_decay": 0.9} for arch in swin.ARCHS}  # what differs, by recipe and architecture
+BY_ARCH |= {("simmim", "swin_large"): {"layer_decay": 0.7, "drop_path": 0.2}, ("maskfeat", "vit_large"): LARGE}
+BY_ARCH |= {("cae", "vit_large"): LARGE | {"lr": 1.25e-4, "drop_path": 0.2}}
+for recipe in ("vit", "plain"):
+    BY_ARCH |= {(recipe, f"vit_{size}"): LARGE | {"drop_path": p} for size, p in (("large", 0.2), ("huge", 0.3))}
 UNDECAYED = ("pos_embed", "cls_token", "relative_position_bias_table")
-BY_ARCH = {"vit_large": LARGE | {"drop_path": 0.2}, "vit_huge": LARGE | {"drop_path": 0.3}}
 GROUP = 32  # images that share a draw of mixup or CutMix
 
 
@@ -80,7 +102,8 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     run = parser.add_pretrained()
     group = parser.add_argument_group("recipe (defaults: the table above)")
-    group.add_argument("--recipe", choices=["vit", "plain"], help="default: vit for a ViT, else plain")
+    text = "default: that of the network's method; else vit for a transformer, plain for others"
+    group.add_argument("--recipe", choices=sorted({name for name, _ in RECIPES}), help=text)
     group.add_argument("--crop-min", type=share, default=0.08, help="smallest share of the image area in a crop")
     group.add_argument("--flip", type=probability, default=0.5, help="probability of a mirrored image")
     group.add_argument("--freeze", type=at_least(0), default=0, help="lowest layers to keep (1: stem or embedding)")
@@ -91,12 +114,16 @@ def parse_args(argv=None):
     group.add_argument("--head-lr", type=positive(float), help="multiplier of the classifier's learning rate")
     group.add_argument("--layer-decay", type=share, help="factor of the learning rate from a layer to the one below")
     group.add_argument("--weight-decay", type=at_least(0, float))
+    group.add_argument("--clip", type=at_least(0, float), help="largest norm of the gradient (0: any)")
     group.add_argument("--drop-path", type=below_one, help="of a transformer: probability in the last block")
     group.add_argument("--rand-augment", type=number(float, low=0, high=10), help="magnitude (0: no RandAugment)")
+    group.add_argument("--color-jitter", type=probability, help="strength, where there is no RandAugment")
     group.add_argument("--erase", type=probability, help="probability of a rectangle of noise")
     group.add_argument("--mixup", type=at_least(0, float), help="alpha of the Beta distribution (0: none)")
     group.add_argument("--cutmix", type=at_least(0, float), help="alpha of the Beta distribution (0: none)")
     group.add_argument("--smoothing", type=probability, help="share of the target that is spread over all classes")
+    group.add_argument("--relative-positions", action=toggle, help="of each block of a ViT, zeros if there were none")
+    group.add_argument("--window", type=positive(int), help="of a Swin: tables are interpolated (default: as it is)")
     group.add_argument("--val-every", type=positive(int), default=1, help="epochs between accuracies, beside the last")
     parser.add_loop(run)
     return parser.parse_args(argv)
@@ -105,16 +132,19 @@ def parse_args(argv=None):
 def complete(args, backbone, meta):
     """The arguments with everything that was left out filled in."""
     is_vit = hasattr(backbone, "patch_size")  # or a Swin, or an XCiT
-    default = "vit" if is_vit else "plain"
-    recipe = args.recipe or default
+    method = str(meta.get("method")).lower()
+    recipe = args.recipe or (method if (method, is_vit) in RECIPES else "vit" if is_vit else "plain")
     if (recipe, is_vit) not in RECIPES:
         fail(f"--recipe {recipe} is not made for {meta['arch']}: choose plain")
     known = {k: meta[k] for k in ("arch", "width", "image_size", "channels")}
     known |= {"recipe": recipe, "out": str(result_folder(args.pretrained, args.out))}
-    defaults = RECIPES[recipe, is_vit] | BY_ARCH.get(meta["arch"], {})
+    defaults = RECIPES[recipe, is_vit] | BY_ARCH.get((recipe, meta["arch"]), {})
     args = args.replace(**defaults | {k: v for k, v in vars(args).items() if v is not None} | known)
     if args.drop_path and not is_vit:
         fail("--drop-path is for vision transformers only")
+    for flag, kind in {"window": swin.Swin, "relative_positions": ViT}.items():
+        if flag in args.given and not isinstance(backbone, kind):
+            fail(f"--{flag.replace('_', '-')} is for a {kind.__name__}: leave it out with {meta['arch']}")
     if (args.mixup or args.cutmix) and args.batch_size // (world_size() * args.accum) % 2:
         fail("--mixup and --cutmix mix pairs: --batch-size must be a multiple of 2 x processes x --accum")
     return args
@@ -274,6 +304,23 @@ class Classifier(nn.Module):
         return self
 
 
+def classifier(backbone, classes, args):
+    """The Classifier of a backbone, with what the recipe changes in it."""
+    norm, positions = getattr(backbone, "norm", None), getattr(backbone, "pos_embed", None)
+    fixed, is_vit = positions is not None and not positions.requires_grad, isinstance(backbone, ViT)
+    if is_vit and (args.relative_positions or backbone.relative == "shared"):
+        backbone.unshare()
+    model = Classifier(backbone, classes, args.freeze)
+    if args.recipe == "cae" and is_vit:
+        if isinstance(norm, nn.LayerNorm):
+            backbone.fc_norm.load_state_dict(norm.state_dict())
+        if fixed:
+            positions.requires_grad_(False)
+    if args.recipe == "simmim" and isinstance(backbone, swin.Swin):
+        nn.init.trunc_normal_(model.head.weight, std=0.02)
+    return model
+
+
 def layer_id(name, depth, depths=()):
     """0: stem or embedding, or a library's network, whole. i: stage i of a ResNet, i + 1: block i of a transformer,
     what merges patches counting to the block before. depth + 1: norm, class attention and classifier. depths: blocks of
@@ -304,6 +351,14 @@ def parameter_groups(model, weight_decay, layer_decay=1.0, head_lr=1.0, decay_al
 
 
 # --------------------------------------------------------------------------------------------------- training
+def learning_rate(step, total, warmup, peak, args):
+    """Linear over the warm-up, then half a cosine; SimMIM's begins at step 0, so that the peak is not reached."""
+    if step < warmup:
+        return args.warmup_lr + (peak - args.warmup_lr) * step / warmup
+    begun = 0 if args.recipe == "simmim" else warmup
+    return peak * cosine(step - begun, total - begun, 0, args.min_lr / peak)
+
+
 @torch.no_grad()
 def accuracy(model, data, view, workers, amp, batch_size=256):
     """Top-1 and top-5 in percent. Every image that can be decoded counts once, whatever the number of processes."""
@@ -347,7 +402,13 @@ def main(args):
     print0(f"recipe      {args.recipe}; {len(test):,} test images")
     is_vit, size, classes = hasattr(backbone, "patch_size"), args.image_size, int(data.labels.max()) + 1
     how = {"interpolation": "bicubic" if is_vit else "bilinear", "mean": tuple(meta["mean"]), "std": tuple(meta["std"])}
-    view = View(size, (args.crop_min, 1.0), flip=args.flip, **how)
+    if args.window:
+        backbone = swin.with_window(backbone, args.window, size)
+        meta |= backbone.config
+    if text := swin.padding(backbone, size):
+        print0(f"note        {text}; --window interpolates their tables for others")
+    jitter = (*[args.color_jitter] * 2, args.color_jitter * (data.channels == 3), 0.0)
+    view = View(size, (args.crop_min, 1.0), flip=args.flip, jitter=jitter, jitter_p=float(any(jitter)), **how)
     test_view = EvalView(size, resize=size if size > 224 else 0, **how)
     if args.rand_augment and (data.channels != 3 or getattr(data, "dtype", torch.uint8) != torch.uint8):
         print0("colours     RandAugment, which is for RGB images of 8 bits, is switched off")
@@ -355,20 +416,20 @@ def main(args):
         view = Augmented(size, (args.crop_min, 1.0), flip=args.flip, magnitude=args.rand_augment, **how)
     run.open([view], data=data)
 
-    model = run.place(Classifier(backbone, classes, args.freeze)).train()
+    model = run.place(classifier(backbone, classes, args)).train()
     peak = args.lr * args.batch_size / 256
     groups = parameter_groups(model, args.weight_decay, args.layer_decay, args.head_lr, decay_all=not is_vit)
     optimizer = torch.optim.AdamW(groups, peak) if is_vit else torch.optim.SGD(groups, peak, momentum=0.9)
     rates = f"{args.lr} x {args.batch_size}/256 = {peak:.4g}, layer x{args.layer_decay:g}, classifier x{args.head_lr:g}"
     chance = math.log(classes)
-    pool = {"pool": backbone.pool} if is_vit else {}  # which the classifier may have changed
-    run.more = {"history": [], "meta": meta | pool, "backbone_prefix": "backbone."}
+    now = {k: getattr(backbone, k) for k in ("pool", "relative") if hasattr(backbone, k)}  # which may have changed
+    run.more = {"history": [], "meta": meta | now, "backbone_prefix": "backbone."}
     net = run.start(model, optimizer, chance=chance, lr=rates, baseline=f"loss ln({classes}) = {chance:.3f}")
 
     validate(run, test, test_view, args)  # of a run that was stopped just before it
     for epoch in run.epochs():
         for step, batches in run.steps(epoch):
-            lr = peak * cosine(step, run.total, run.warmup, args.min_lr / peak)
+            lr = learning_rate(step, run.total, run.warmup, peak, args)
             for group in optimizer.param_groups:
                 group["lr"] = lr * group["scale"]
             for micro, batch in enumerate(batches):
@@ -386,7 +447,7 @@ def main(args):
                     seen = SimpleNamespace(views=lambda x=x: [x], specs=[view], indices=batch.indices)
                     save_views(f"{args.out}/finetune_views.png", seen, data)
                 run.backward(F.cross_entropy(net(x, paths), upcast(targets)))
-            run.update(optimizer)
+            run.update(optimizer, args.clip)
             run.log(lr)
         validate(run, test, test_view, args)
 
