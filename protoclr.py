@@ -8,6 +8,7 @@ There is no projector, no temperature, and features are not normalised: prototyp
 eval_fewshot.py afterwards.
 
     python protoclr.py --data /mini-imagenet
+    torchrun --nproc_per_node=8 protoclr.py --data /imagenet --batch-size 48 --arch resnet18
     python protoclr.py --data /omniglot --augmentation characters --image-size 28 --channels 1 --epochs 1000
     python eval_fewshot.py --pretrained runs/protoclr/backbone.pt --data /mini-imagenet --shots 1 5
 
@@ -19,8 +20,8 @@ training accuracy has not risen for 20,000 steps; here epochs are counted, and 1
 mini-ImageNet, are our number. --augmentation photos (mini-ImageNet): crop, both mirrors, colours; characters
 (Omniglot): crop, both mirrors, 30 % of the pixels and a rectangle erased. Pixels stay in [0, 1].
 
-Other deviations: the support image is cropped to a square; a rectangle that does not fit is clipped, not drawn again;
-crops are cut by antialiased interpolation.
+Deviations from the official code beside that: the support image is cropped to a square; a rectangle that does not fit
+is clipped, not drawn again; resizing is antialiased.
 To hack: copy this file. What is ProtoCLR: the sections augmentation, model and loss, and the lines marked in main.
 """
 
