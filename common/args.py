@@ -9,6 +9,7 @@ import difflib
 import errno
 import functools
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -212,6 +213,8 @@ class Parser(argparse.ArgumentParser):
         _, unknown, words = message.partition("unrecognized arguments: ")
         first, near = (words.split() or [""])[0], self._nearest(words)
         message = f"{first} is unknown: did you mean {near}?" if unknown and near else message
+        if unknown and os.path.exists(first):  # a pattern that the shell has replaced by the names that fit it
+            message = f"{first}: one name more than expected; put a pattern in quotes (--data 'shards/*.tar')"
         fail(f"{message} (try: python {self.prog} --help)")
 
     def _nearest(self, words):

@@ -205,3 +205,10 @@ def test_knn(capsys, tmp_path):
     assert "--arch resnet50" in refused(capsys, main, "eval_knn", *digits, own, "--arch", "resnet50")
     error = refused(capsys, main, "eval_knn", *digits, tmp_path / "half.pt")
     assert "/120 tensors match" in error and "layer3.0.conv1.weight missing" in error
+
+
+def test_a_pattern_that_the_shell_has_expanded_is_named(tmp_path, capsys):
+    paths = [tmp_path / f"{i}.tar" for i in range(3)]
+    for path in paths:
+        path.touch()
+    assert "put a pattern in quotes" in refused(capsys, main, "simsiam", "--data", *paths)
