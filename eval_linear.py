@@ -119,6 +119,7 @@ PROTOCOLS = {
     "byol":      Protocol(1024,   80, "nesterov",      0.2, 0.0, per_step=True, train="bicubic", test="bicubic"),
     "swav":      Protocol(256,   100, "sgd",           0.3, 1e-6),
     "barlow":    Protocol(256,   100, "sgd",           0.3, 1e-6),
+    "obow":      Protocol(1024,  100, "sgd",           2.5, 0.0),
     "mocov3":    Protocol(1024,   90, "sgd",           3.0, 0.0, feature="cls"),
     "mae":       Protocol(16384,  90, "lars-weights",  0.1, 0.0, per_step=True, warmup=10, feature="cls", norm=1e-6,
                           train="bicubic", test="bicubic"),
@@ -130,9 +131,9 @@ AUTO = {
     "moco": "moco", "mocoft": "moco", "featuretransformation": "moco", "densecl": "moco", "interclr": "moco",
     "simsiam": "simsiam", "simclr": "simclr", "byol": "byol", "swav": "swav", "barlowtwins": "barlow",
     "vicreg": "barlow", "directclr": "barlow", "mocov3": "mocov3", "mae": "mae", "cae": "mae", "maskfeat": "mae",
-    "dino": "dino",
+    "dino": "dino", "obow": "obow",
     "esvit": "dino", "npid": "multihead", "deepcluster": "multihead", "odc": "multihead",
-    "rotationpred": "multihead", "relativeloc": "multihead", "protoclr": "swav",
+    "rotationpred": "multihead", "relativeloc": "multihead", "protoclr": "swav", "scan": "simclr",
 }
 # fmt: on
 SMALL = 100_000  # training images, below which auto takes the protocol for small sets

@@ -1,4 +1,5 @@
-"""A network with its classifier in one file: what eval_linear.py and eval_finetune.py leave and predict.py takes."""
+"""A network with its classifier in one file: what eval_linear.py, eval_finetune.py and pages that find clusters leave,
+and predict.py and eval_cluster.py take."""
 
 import torch
 import torch.nn.functional as F
@@ -37,13 +38,13 @@ def save_classifier(path, model, meta, view, classes, what):
     layer = {name: getattr(model, name) for name in ("weight", "bias", "kind", "stage", "mean", "std")}
     layer |= {"interpolation": view.interpolation, "resize": view.resize, "classes": [*classes], "what": what}
     save_file(path, {"backbone": model.backbone.state_dict(), "meta": meta, "classifier": layer})
-    print0(f"classifier  {what}: {path} is what predict.py takes")
+    print0(f"classifier  {what}: {path} is what predict.py and eval_cluster.py take")
 
 
 def load_classifier(args):
     """(Classifier, EvalView, names of the classes, meta) of the file that --pretrained names (`Parser.add_pretrained`),
     or the end of the program with the command that makes one."""
-    remedy = "eval_linear.py writes a linear.pt that has one, eval_finetune.py a finetune.pt"
+    remedy = "eval_linear.py writes a linear.pt that has one, eval_finetune.py a finetune.pt, clustering a clusters.pt"
     if str(args.pretrained) == "random":
         fail(f"--pretrained random has no classifier: {remedy}")
     state = load_file(args.pretrained, "--pretrained", args.trust_pickle)
