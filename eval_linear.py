@@ -131,9 +131,9 @@ AUTO = {
     "moco": "moco", "mocoft": "moco", "featuretransformation": "moco", "densecl": "moco", "interclr": "moco",
     "simsiam": "simsiam", "simclr": "simclr", "byol": "byol", "swav": "swav", "barlowtwins": "barlow",
     "vicreg": "barlow", "directclr": "barlow", "mocov3": "mocov3", "mae": "mae", "cae": "mae", "maskfeat": "mae",
-    "dino": "dino", "obow": "obow",
+    "dino": "dino", "obow": "obow", "simmim": "mae",
     "esvit": "dino", "npid": "multihead", "deepcluster": "multihead", "odc": "multihead",
-    "rotationpred": "multihead", "relativeloc": "multihead", "protoclr": "swav", "scan": "simclr",
+    "rotationpred": "multihead", "relativeloc": "multihead", "protoclr": "swav", "pixpro": "moco", "scan": "simclr",
 }
 # fmt: on
 SMALL = 100_000  # training images, below which auto takes the protocol for small sets

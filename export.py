@@ -120,6 +120,8 @@ def convert(backbone, meta, target):
         return weights, weights
     if target in ("detectron2", "mmdet") and is_vit:
         fail(f"--to {target}: there is no {meta['arch']} with these names; a ViT goes to torchvision or timm")
+    if is_vit and (backbone.relative != "none" or backbone.pos_embed is None):
+        fail(f"--to {target}: its ViT has fixed or learned positions, not relative ones; try --to pt2")
     if weights.pop("input_filter", None) is not None:
         fail(f"--to {target}: this network reads filtered images, which no other library does by itself; try --to pt2")
     if target == "torchvision" and is_vit:
