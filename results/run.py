@@ -33,6 +33,7 @@ RECIPES = {  # by name of the script, with more behind a hyphen where it has sev
     "moco": "--lr 0.12 --weight-decay 5e-4 --crop-min 0.2 --temperature 0.1 --queue 4096 --key-momentum 0.99",
     "moco_ft": "--lr 0.12 --weight-decay 5e-4 --crop-min 0.2 --temperature 0.1 --queue 4096 --key-momentum 0.99",
     "directclr": "--lr 8 --warmup-epochs 1 --temperature 0.2 --crop-min 0.08 --d0 45",
+    "pixpro": "--dim 128 --hidden-dim 512 --instance-weight 1 --lr 8 --warmup-epochs 1 --crop-min 0.2",
     "densecl": "--lr 0.12 --weight-decay 5e-4 --crop-min 0.2 --queue 4096 --key-momentum 0.99",
     "interclr": "--lr 0.12 --weight-decay 5e-4 --crop-min 0.2 --queue 4096 --clusters 50",
     "barlowtwins": "--dim 512 --lambd 0.005 --warmup-epochs 1 --lr 1 --lr-biases 0.024 --crop-min 0.08",

@@ -286,9 +286,9 @@ def test_mistakes_end_in_one_line(words, message, capsys, tmp_path):
 
 # ----------------------------------------------------------------------------------------------------- copies
 COPIES = {
-    "reset_target": "byol.BYOL moco.MoCo moco_ft.MoCoFT mocov3.MoCoV3 densecl.DenseCL interclr.InterCLR",
-    "update_target": "byol.BYOL moco.MoCo moco_ft.MoCoFT mocov3.MoCoV3 densecl.DenseCL interclr.InterCLR",
-    "target_momentum": "byol mocov3",
+    "reset_target": "byol.BYOL pixpro.PixPro moco.MoCo moco_ft.MoCoFT mocov3.MoCoV3 densecl.DenseCL interclr.InterCLR",
+    "update_target": "byol.BYOL pixpro.PixPro moco.MoCo moco_ft.MoCoFT mocov3.MoCoV3 densecl.DenseCL interclr.InterCLR",
+    "target_momentum": "byol pixpro mocov3 obow",
     "key_order": "moco moco_ft densecl interclr",
     "enqueue": "moco.MoCo moco_ft.MoCoFT interclr.InterCLR",
     "info_nce": "moco densecl",
