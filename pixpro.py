@@ -191,7 +191,7 @@ def pairs(boxes1, boxes2, side, threshold):
         grid = (y[:, :, None].expand(-1, -1, side), x[:, None].expand(-1, side, -1))
         centres.append(torch.stack(grid, 3).flatten(1, 2))
         diagonals.append((high / rows).hypot(wide / columns) / side)
-    distance = torch.cdist(*centres)
+    distance = torch.cdist(*centres, compute_mode="donot_use_mm_for_euclid_dist")
     return (distance < threshold * torch.maximum(*diagonals)[:, None, None]).to(distance.dtype)
 
 
