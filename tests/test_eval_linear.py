@@ -64,7 +64,7 @@ def run(out, *words, source="fake:64"):
 def test_total_learning_rates_of_the_published_protocols():
     totals = {name: p.lr * p.batch / 256 for name, p in PROTOCOLS.items()}
     expected = {"moco": 30, "simsiam": 1.6, "swav": 0.3, "barlow": 0.3, "mocov3": 12, "mae": 6.4, "dino": 0.004}
-    assert totals == pytest.approx(expected | {"multihead": 0.01, "simclr": 1.6, "byol": 0.8})
+    assert totals == pytest.approx(expected | {"multihead": 0.01, "simclr": 1.6, "byol": 0.8, "obow": 10})
     assert {n for n, p in PROTOCOLS.items() if p.batch % eval_linear.MICRO} == set()
     assert adapt("mocov3", resnet(*SMALL)).lr * 4 == pytest.approx(0.4)  # its ResNet-50
     large = ViT(1024, 0, 16, 8, 16)
