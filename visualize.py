@@ -8,14 +8,17 @@ an image the class token of a ViT looks.
     python visualize.py --pretrained dino_deitsmall8_pretrain.pth --data /photos --attention --image-size 480
     python visualize.py --pretrained runs/ibot/backbone.pt --data /photos --attention --threshold 0.6
 
-Written to --out, features/ beside the checkpoint by default; without --tsne, --neighbours and --attention, the first
-two:
+Written to --out, features/ beside the checkpoint by default; without one of --tsne, --neighbours, --attention and
+--spectrum, the first two:
     tsne.png        the plane of t-SNE (van der Maaten and Hinton 2008), a colour per class; tsne.npz: its points
     neighbours.png  some images and those most similar to them (cosine), framed green where the classes are the same
                     and red where not, with file names instead where there are no classes; beside them those that a
                     random network of the same architecture (seed 0) finds: what training has changed
     attention.png   (ViTs, XCiTs) what the class token attends to in the last block, a column per head and their mean,
                     below the same of a random network
+    spectrum.png    in how many dimensions the features lie: singular values of their covariance, in order, as shares of
+                    the largest (Jing et al. 2022, figure 1), beside those of a random network; a cliff is dimensional
+                    collapse; with the effective rank (common/features.py); spectrum.npz: its values
 With several --features a file each: tsne_feat4.png, tsne_feat5.png.
 
 Images are seen as in the other evaluations: shorter side to 256, central 224 x 224 pixels (images of at most 64 pixels:
@@ -51,7 +54,7 @@ from common.checkpoint import MAKERS, load_pretrained
 from common.classes import class_names
 from common.datasets import Subset, open_split
 from common.distributed import end_processes, is_main, print0
-from common.features import Features, extract, usual_interpolation
+from common.features import Features, effective_rank, extract, singular_values, usual_interpolation
 from common.files import atomic, make_folder, result_folder
 from common.images import BadImage, to_tensor
 from common.knn import nearest
@@ -88,6 +91,7 @@ def parse_args(argv=None):
     group.add_argument("--k", type=positive(int), default=8, help="neighbours in a row")
     group.add_argument("--compare", action=toggle, default=True, help="with what a random network finds or attends to")
     group.add_argument("--attention", action=toggle, default=False, help="draw attention.png: ViTs and XCiTs")
+    group.add_argument("--spectrum", action=toggle, default=False, help="draw spectrum.png, of all images")
     text = "show the patches that hold this share of the attention instead of how much each of them has"
     group.add_argument("--threshold", type=share, help=text)
     args = parser.parse_args(argv)
@@ -125,7 +129,7 @@ def untrained(backbone, meta, seed=0):
     make = MAKERS.get(meta["arch"].split("_")[0], network)
     if isinstance(backbone, ResNet):
         make, shape["input_filter"] = resnet, backbone.input_filter
-        shape["image_size"] = SMALL_STEM if backbone.conv1.kernel_size == (3, 3) else 224
+        shape["image_size"] = SMALL_STEM if backbone.small else 224
     if isinstance(backbone, ViT):
         block = backbone.blocks[0]
         shape["mlp_ratio"] = (block.mlp.fc1.out_features + 0.5) / backbone.dim
@@ -366,6 +370,32 @@ def draw_attention(path, rows, title, note, mass=None):
     print0(f"{path}: {heads} heads, {len(rows)} images, {canvas.width} x {canvas.height} pixels")
 
 
+def draw_spectrum(path, curves, title, note):
+    """PNG of {whose: (singular values of a covariance, descending, effective rank)}: log10 of each value as a share of
+    the largest, from 0 down to -12, by its number."""
+    width, height, margin, top = 760, 460, 70, 120
+    canvas, draw = sheet(width + 2 * margin, top + height + 110, margin, title, [note])
+    count = max(len(values) for values, _ in curves.values())
+    for power in range(0, -13, -2):
+        y = top - power * height / 12
+        draw.line((margin, y, margin + width, y), "#dddddd")
+        draw.text((margin - 8, y), f"1e{power}" if power else "1", GREY, SMALL, anchor="rm")
+    for tick in np.unique(np.linspace(1, count, 6).round().astype(int)).tolist():
+        x = margin + width * (tick - 1) / max(1, count - 1)
+        draw.text((x, top + height + 8), f"{tick}", GREY, SMALL, anchor="ma")
+    draw.text((margin + width / 2, top + height + 30), "number of the singular value", GREY, SMALL, anchor="ma")
+    for line, ((whose, (values, rank)), colour) in enumerate(zip(curves.items(), COLOURS, strict=False)):
+        share = (values / values.max().clamp(min=1e-300)).clamp(min=1e-12).log10().tolist()
+        points = [(margin + width * i / max(1, count - 1), top - v * height / 12) for i, v in enumerate(share)]
+        draw.line(points, colour, 3)
+        text = f"{whose}: effective rank {rank:.1f} of {len(values)}"
+        draw.text((margin, top + height + 54 + 24 * line), text, colour, TEXT)
+    with atomic(path) as temporary:
+        canvas.save(temporary)
+    words = ", ".join(f"{whose} {rank:.1f}" for whose, (_, rank) in curves.items())
+    print0(f"{path}: effective rank {words}, of {count} dimensions")
+
+
 # ------------------------------------------------------------------------------------------------------- main
 def attend(args, backbone, meta, dataset, view, queries, path, title):
     """Draws attention.png, and says how few patches hold most of the attention."""
@@ -408,7 +438,7 @@ def main(args):
     view = EvalView(meta["image_size"], **how)
     dataset = open_split(args, meta["channels"])
     n, labels = len(dataset), dataset.labels
-    both = not (args.tsne or args.neighbours or args.attention)
+    both = not (args.tsne or args.neighbours or args.attention or args.spectrum)
     tsne, near = (both if wanted is None else wanted for wanted in (args.tsne, args.neighbours))
     print0(f"data        {args.data}: {n:,} images, {view.size} px, {', '.join(model.names)}")
     if near and n < args.k + 1:
@@ -430,7 +460,7 @@ def main(args):
     if args.attention and is_main():
         text = f"Attention of the class token in the last block: {title}"
         attend(args, backbone, meta, dataset, view, queries, out / "attention.png", text)
-    if not (tsne or near):
+    if not (tsne or near or args.spectrum):
         return end_processes()
 
     how = (view, device, args.workers, args.batch_size, amp)
@@ -441,11 +471,20 @@ def main(args):
         found = {name: neighbours(x, torch.from_numpy(queries).to(device), args.k) for name, x in parts}
         return {name: [part.cpu().numpy() for part in pair] for name, pair in found.items()}
 
-    chance = {}
-    if near and args.compare and meta["method"] != "random":
+    def spectra(features):
+        """{feature: (singular values of the covariance, effective rank)}."""
+        parts = zip(model.names, features.split(model.dims, 1), strict=True) if is_main() else ()
+        return {
+            name: (singular_values(x, center=True).square().cpu(), effective_rank(x, center=True)) for name, x in parts
+        }
+
+    chance, chance_spectra, whole = {}, {}, near or args.spectrum
+    if whole and args.compare and trained:
         other = Features(untrained(backbone, meta), args.features).to(device, dtype, memory_format=torch.channels_last)
-        chance = search(extract(other, dataset, *how)[0])
-    images = dataset if near else Subset(dataset, shown)
+        bank, _ = extract(other, dataset, *how)
+        chance, chance_spectra = search(bank) if near else {}, spectra(bank) if args.spectrum else {}
+        del bank
+    images = dataset if whole else Subset(dataset, shown)
     features, _ = extract(model, images, *how)
     end_processes()
     if not is_main():
@@ -453,13 +492,14 @@ def main(args):
     if not features.isfinite().all():
         cause = f"its weights or an image are damaged{or_precise(amp)}"
         fail(f"--pretrained {args.pretrained}: some features are not finite: {cause}")
-    tiles, found = {}, search(features) if near else {}
+    tiles, found, drawn = {}, search(features) if near else {}, spectra(features) if args.spectrum else {}
+    whose = "trained" if trained else RANDOM
     for name, x in zip(model.names, features.split(model.dims, 1), strict=True):
         suffix, dim = f"_{name}" if len(model.names) > 1 else "", f"{x.shape[1]:,} dimensions"
         if tsne:
             if sys.stderr.isatty():
                 print(f"t-SNE of {len(shown):,} images ...", end="\r", file=sys.stderr, flush=True)
-            points = (x[torch.from_numpy(shown).to(device)] if near else x).cpu().numpy()
+            points = (x[torch.from_numpy(shown).to(device)] if whole else x).cpu().numpy()
             points, divergence = embed(points, perplexity, args.seed)
             note = f"{dim}{', PCA to 50 first' if x.shape[1] > 50 else ''}"
             note += f", perplexity {perplexity:.3g}, KL divergence {divergence:.2f}"
@@ -477,7 +517,7 @@ def main(args):
                 np.savez(temporary, **arrays)
             print0(f"{path.with_suffix('.npz')}: {', '.join(arrays)}")
         if near:
-            panels = {"trained" if trained else RANDOM: found[name]} | ({RANDOM: chance[name]} if chance else {})
+            panels = {whose: found[name]} | ({RANDOM: chance[name]} if chance else {})
             wanted = {*queries.tolist(), *(i for _, index in panels.values() for i in index.flatten().tolist())}
             tiles |= {i: tile(dataset, i, view) for i in wanted - tiles.keys()}
             text = f"Nearest of {n:,} images: {title}, {name}"
@@ -485,6 +525,12 @@ def main(args):
             note += "" if labels is None else "; green: same class, red: another class"
             words = names or {i: os.path.basename(dataset.path(i)) for i in tiles}
             draw_neighbours(out / f"neighbours{suffix}.png", tiles, panels, queries, labels, words, text, note)
+        if args.spectrum:
+            curves = {whose: drawn[name]} | ({RANDOM: chance_spectra[name]} if chance_spectra else {})
+            path, text = out / f"spectrum{suffix}.png", f"Singular values of {n:,} images: {title}, {name}"
+            draw_spectrum(path, curves, text, f"{dim}; of the covariance, as shares of the largest")
+            with atomic(path.with_suffix(".npz")) as temporary:
+                np.savez(temporary, **{key.replace(" ", "_"): values.numpy() for key, (values, _) in curves.items()})
 
 
 if __name__ == "__main__":

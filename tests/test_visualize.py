@@ -347,3 +347,16 @@ def test_one_line_for_a_mistake(classes, tmp_path, capsys, monkeypatch):
     assert "some features are not finite" in refused(capsys, run, *words)
     assert "--threshold is for --attention" in refused(capsys, run, *words, "--threshold", 0.6)
     assert "--threshold" in refused(capsys, run, *words, "--attention", "--threshold", 1.5)
+
+
+# --------------------------------------------------------------------------------------------------- the spectrum
+def test_spectrum_is_that_of_the_covariance_of_the_features(classes, tmp_path):
+    train("simsiam", tmp_path / "run", "--max-steps", 1)
+    words = ["--pretrained", tmp_path / "run" / "backbone.pt", "--data", classes, "--out", tmp_path, "--workers", "1"]
+    main("visualize", *words, "--spectrum")
+    assert not (tmp_path / "tsne.png").exists() and (tmp_path / "spectrum.png").exists()
+    main("features", *words)
+    bank, found = np.load(tmp_path / "features.npy").astype(np.float64), np.load(tmp_path / "spectrum.npz")
+    expected = np.linalg.svd(bank - bank.mean(0), compute_uv=False) ** 2
+    assert found["trained"] == pytest.approx(expected, rel=1e-3, abs=1e-6 * expected[0])
+    assert not np.allclose(found["random_initialisation"], expected, rtol=0.01)
