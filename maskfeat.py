@@ -105,30 +105,32 @@ def hog(images, patch_size=16, cell=8, bins=9, gaussian=False):
     cell is zero. Scaling a channel or adding to it changes nothing. Edges of the image are mirrored. gaussian: pixels
     count by a Gaussian over their patch, whose standard deviation is half of its side.
     """
-    if images.device.type == "cpu" and len(images) > 1 and images.numel() > 2**20:  # parts that its cache holds
-        parts = images.split(max(1, 2**19 // images[0].numel()))
-        return torch.cat([hog(part, patch_size, cell, bins, gaussian) for part in parts])
-    height, width = images.shape[2:]
-    rows, columns, n = height // cell, width // cell, patch_size // cell
-    x = F.pad(upcast(images).contiguous(), (1, 1, 1, 1), mode="reflect")
-    dx, dy = x[..., :-2] - x[..., 2:], x[..., :-2, :] - x[..., 2:, :]
-    gx = dx[..., 2:, :].add(dx[..., 1:-1, :], alpha=2).add_(dx[..., :-2, :])
-    gy = dy[..., 2:].add(dy[..., 1:-1], alpha=2).add_(dy[..., :-2])
-    strength = gx.hypot(gy)
+    images, (height, width) = upcast(images), images.shape[2:]
+    n, parts = patch_size // cell, 2 * bins + 1
+    y, x = (torch.arange(side, device=images.device) for side in (height, width))
     if gaussian:
-        bell = torch.arange(1 - patch_size, patch_size, 2, device=x.device, dtype=x.dtype).div_(patch_size)
-        bell = bell.square_().div_(-2).exp_()
-        strength *= torch.outer(bell, bell).repeat(height // patch_size, width // patch_size)
-    # orientations from -180 to 180 degrees: 2 bins + 1 parts, the last for 180 alone, folded where pixels are few
-    y, x = (torch.arange(side, device=x.device) // cell for side in (height, width))
-    part = torch.atan2(gx, gy).mul_(bins / math.pi).floor_().long().add_(bins)
-    part += (y[:, None] * columns + x) * (2 * bins + 1)
-    found = strength.new_zeros(*images.shape[:2], rows * columns * (2 * bins + 1))
-    found = found.scatter_add_(2, part.flatten(2), strength.flatten(2)).unflatten(2, (rows * columns, -1))
-    cells = found[..., :bins] + found[..., bins:-1]
-    cells[..., 0] += found[..., -1]
-    cells = F.normalize(cells, dim=3).unflatten(2, (rows // n, n, columns // n, n))
-    return cells.permute(0, 2, 4, 1, 6, 3, 5).flatten(3).flatten(1, 2)
+        away = [((2 * (i % patch_size) + 1).to(images) / patch_size - 1).square() for i in (y, x)]
+        bell = torch.exp((away[0][:, None] + away[1]) / -2)
+    y = y // patch_size * (width // patch_size) * parts * n * n + y % patch_size // cell * n
+    place = (y[:, None] + x // patch_size * parts * n * n + x % patch_size // cell).int()  # int32 is faster
+    found = []
+    size = max(1, 2**18 // images[0].numel()) if images.device.type == "cpu" else len(images)  # what its cache holds
+    for x in images.split(size):
+        x = F.pad(x.contiguous(), (1, 1, 1, 1), mode="reflect")
+        dx, dy = x[..., :-2] - x[..., 2:], x[..., :-2, :] - x[..., 2:, :]
+        gx = dx[..., 2:, :].add(dx[..., 1:-1, :], alpha=2).add_(dx[..., :-2, :])
+        gy = dy[..., 2:].add(dy[..., 1:-1], alpha=2).add_(dy[..., :-2])
+        strength = (gx * gx).addcmul_(gy, gy).sqrt_()
+        if gaussian:
+            strength *= bell
+        # -180 to 180 degrees are 2 bins + 1 parts, of which the last is 180 alone
+        part = torch.atan2(gx, gy).mul_(bins / math.pi).add_(bins).int().mul_(n * n).add_(place).long()
+        empty = strength.new_zeros(*x.shape[:2], height * width // patch_size**2 * parts * n * n)
+        found.append(empty.scatter_add_(2, part.flatten(2), strength.flatten(2)))
+    found = torch.cat(found).unflatten(2, (-1, parts, n * n))
+    cells = found[..., :bins, :] + found[..., bins:-1, :]
+    cells[..., 0, :] += found[..., -1, :]
+    return F.normalize(cells, dim=3).transpose(1, 2).flatten(2)
 
 
 def default_cell(patch_size):
@@ -221,10 +223,8 @@ def compare(model, x, mask):
 
 
 def save_pictures(path, model, images, view, how, seed, amp):
-    """PNG of what `compare` gives for a small data set, from the main process: a row per image.
-
-    view: whose size, mean and std the images get. how: ratio and exactness of `masked`.
-    """
+    """PNG of what `compare` gives for a small data set, from the main process: a row per image. view: whose size, mean
+    and std the images get. how: ratio and exactness of `masked`."""
     if not is_main():
         return
     view = EvalView(view.size, resize=view.size, interpolation="bicubic", mean=view.mean, std=view.std)
