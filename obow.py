@@ -83,7 +83,7 @@ def parse_args(argv=None):
     group.add_argument("--weight-decay", type=at_least(0, float), default=1e-4)
     group.add_argument("--momentum", type=below_one, default=0.9)
     args = parser.parse_args(argv)
-    args.image_size = size = args.image_size or default_size(args.data)
+    args.image_size = size = args.image_size or max(32, default_size(args.data))
     if size <= 16:  # stride 8; larger images of stride 32 have more than 64 pixels
         parser.error(f"--image-size {size} leaves less than the 3 x 3 cells in the last map that make a word: try 24")
     if args.crop_min > args.crop_max:

@@ -377,6 +377,8 @@ def test_defaults_are_the_papers():
     expected |= {"crop_max": 0.6, "patches": 5, "grid_min": 0.6, "levels": 2, "image_size": 224, "arch": "resnet50"}
     args = vars(parsed("obow", "--data", "/imagenet"))
     assert {name: args[name] for name in expected} == expected
+    sizes = {data: parsed("obow", "--data", data).image_size for data in ("digits", "cifar10", "stl10")}
+    assert sizes == {"digits": 32, "cifar10": 32, "stl10": 96}  # 16 px leave no word
 
 
 def test_learning_rate_falls_to_a_thousandth(tmp_path):
