@@ -69,6 +69,8 @@ EVALUATIONS = {  # name: (script, pre-trained network, flags)
     "finetune-scratch": ("eval_finetune", "runs/results/mae-untrained/backbone.pt", FINETUNE),
     "finetune-simmim": ("eval_finetune", "runs/results/simmim/backbone.pt", FINETUNE),
     "finetune-simmim-scratch": ("eval_finetune", "runs/results/simmim-untrained/backbone.pt", FINETUNE),
+    "finetune-maskfeat": ("eval_finetune", "runs/results/maskfeat/backbone.pt", FINETUNE),
+    "finetune-maskfeat-scratch": ("eval_finetune", "runs/results/maskfeat-untrained/backbone.pt", FINETUNE),
     "finetune-cae-kmeans": ("eval_finetune", "runs/results/cae-kmeans/backbone.pt", FINETUNE),
     "finetune-cae-hog": ("eval_finetune", "runs/results/cae-hog/backbone.pt", FINETUNE),
     "finetune-cae-scratch": ("eval_finetune", "runs/results/cae-hog-untrained/backbone.pt", FINETUNE),
@@ -107,7 +109,7 @@ def run(method, data):
 def evaluate(name, data):
     script, pretrained, flags = EVALUATIONS[name]
     method, untrained, _ = Path(pretrained).parent.name.partition("-untrained")
-    if untrained:  # the same network after one step of the warm-up, whose learning rate is 0
+    if untrained:  # the same network after one step of the warm-up, whose learning rate is next to 0
         run_script(method, data, f"runs/results/{method}-untrained", f"{RECIPES[method]} --max-steps 1 --knn-every 0")
     out = f"runs/results/{name}"
     words = [f"{script}.py", "--pretrained", pretrained, *lists(data), *flags.split(), "--out", out]
