@@ -239,7 +239,7 @@ def with_window(model, window, image_size):
     old, sides = model.config["window"], map_sides(image_size, model.patch_size, len(model.layers))
     config = model.config | {"window": [min(window, side) for side in sides]}
     proj, (patch, depths, heads, windows, eps) = model.patch_embed["proj"], config.values()
-    other = Swin(model.embed_dim, depths, heads, windows, patch, image_size, eps, proj.in_channels)
+    other = Swin(model.embed_dim, depths, heads, windows, patch, image_size, eps, proj.in_channels).to(proj.weight)
     weights = model.state_dict()
     for i, (was, now) in enumerate(zip(old, windows, strict=True)):
         for name in [n for n in weights if n.startswith(f"layers.{i}.") and n.endswith(TABLE)]:

@@ -19,7 +19,9 @@ from common.checkpoint import load_backbone
 from common.datasets import Arrays
 from common.loader import Loader
 from common.resnet import resnet
-from common.vit import vit
+from common.run import Run
+from common.swin import swin
+from common.vit import TABLE, path_factors, resize_table, vit
 from tests import helpers
 from tests.helpers import EXACT, SMALL, assert_close, different, launch, main, refused, write_colours, write_vit
 
@@ -87,10 +89,11 @@ def test_layers_of_a_resnet_and_the_multiplier_of_its_classifier():
 
 
 def test_defaults_are_those_of_the_papers():
-    def options(arch, *more):
+    def options(arch, *more, method="mae"):
         args = helpers.parsed("eval_finetune", "--pretrained", "random", *more)
-        backbone = SimpleNamespace(**{"patch_size" if arch.startswith("vit") else "stages": None})
-        return vars(ft.complete(args, backbone, {"arch": arch, "width": 1.0, "image_size": 224, "channels": 3}))
+        backbone = SimpleNamespace(**{"stages" if arch.startswith("resnet") else "patch_size": None})
+        meta = {"arch": arch, "width": 1.0, "image_size": 224, "channels": 3, "method": method}
+        return vars(ft.complete(args, backbone, meta))
 
     names = ("recipe", "epochs", "batch_size", "lr", "weight_decay", "layer_decay", "drop_path", "head_lr")
     for arch, *expected in (
@@ -100,6 +103,23 @@ def test_defaults_are_those_of_the_papers():
         ("resnet50", "plain", 30, 256, 0.01, 1e-4, 1, 0, 1),
     ):
         assert [options(arch)[name] for name in names] == expected
+    names = ("epochs", "batch_size", "warmup_epochs", "layer_decay", "drop_path", "clip", "relative_positions")
+    for method, arch, peak, warmup_lr, min_lr, *expected in (  # rates as they are at the batch of the recipe
+        ("SimMIM", "vit_base", 5e-3, 1e-6, 1e-6, 100, 2048, 20, 0.65, 0.1, 5, True),
+        ("simmim", "swin_base", 5e-3, 1e-6, 1e-6, 100, 2048, 20, 0.9, 0.1, 5, True),
+        ("simmim", "swin_large", 5e-3, 1e-6, 1e-6, 100, 2048, 20, 0.7, 0.2, 5, True),
+        ("MaskFeat", "vit_base", 8e-3, 4e-8, 4e-6, 100, 2048, 20, 0.65, 0.1, 0, False),
+        ("maskfeat", "vit_large", 8e-3, 4e-8, 4e-6, 50, 2048, 5, 0.75, 0.1, 0, False),
+        ("CAE", "vit_base", 8e-3, 0, 1e-6, 100, 4096, 5, 0.65, 0.1, 0, True),
+        ("cae", "vit_large", 2e-3, 0, 1e-6, 50, 4096, 5, 0.75, 0.2, 0, True),
+    ):
+        found = options(arch, method=method)
+        assert [found[name] for name in names] == expected and found["recipe"] == method.lower()
+        assert found["lr"] * found["batch_size"] / 256 == pytest.approx(peak)
+        assert (found["warmup_lr"], found["min_lr"], found["weight_decay"]) == (warmup_lr, min_lr, 0.05)
+        colours = (0.0, 0.4) if method.lower() == "cae" else (9.0, 0.0)
+        assert (found["rand_augment"], found["color_jitter"], found["erase"], found["mixup"]) == (*colours, 0.25, 0.8)
+    assert options("vit_base", "--recipe", "vit", method="simmim")["batch_size"] == 1024
     mixed = {"mixup": 0.8, "cutmix": 1.0, "smoothing": 0.1, "erase": 0.25, "rand_augment": 9, "warmup_epochs": 5}
     assert (mixed | {"min_lr": 1e-6}).items() <= options("vit_base").items()
     assert {"epochs": 100, "mixup": 0, "erase": 0}.items() <= options("vit_base", "--recipe", "plain").items()
@@ -107,7 +127,66 @@ def test_defaults_are_those_of_the_papers():
     assert own.items() <= options("vit_base", "--lr", 3, "--drop-path", 0).items()
 
 
+def test_rates():
+    """100 epochs of 10 steps, 20 of them warm-up; SimMIM's cosine has begun at step 0, that of others begins then."""
+    steps = (0, 100, 200, 600, 1000)
+
+    def rates(recipe, **more):
+        args = SimpleNamespace(recipe=recipe, **more)
+        return [ft.learning_rate(step, 1000, 200, 5e-3, args) for step in steps]
+
+    def low(share):
+        return 1e-6 + (5e-3 - 1e-6) * (1 + math.cos(math.pi * share)) / 2
+
+    warm = [1e-6, (5e-3 + 1e-6) / 2]
+    found = rates("simmim", warmup_lr=1e-6, min_lr=1e-6)
+    assert found == pytest.approx([*warm, low(0.2), low(0.6), 1e-6]) and found[2] < 0.91 * 5e-3
+    assert rates("maskfeat", warmup_lr=1e-6, min_lr=1e-6) == pytest.approx([*warm, 5e-3, low(0.5), 1e-6])
+    assert rates("vit", warmup_lr=0, min_lr=1e-6)[:2] == [0, 2.5e-3]
+
+
 # ------------------------------------------------------------------------------------------------------ the model
+def recipe(name, **more):
+    return SimpleNamespace(**{"recipe": name, "freeze": 0, "relative_positions": name in ("simmim", "cae")} | more)
+
+
+@pytest.mark.parametrize("name", ["simmim", "vit", "plain"])
+def test_shared_relative_positions_become_those_of_each_block(name):
+    """What the blocks compute stays, in every recipe; the tables are trained like their blocks, without decay."""
+    torch.manual_seed(0)
+    backbone = vit("vit_tiny", 16, width=0.125, depth=2, positions="none", relative="shared", layer_scale=0.1)
+    torch.nn.init.normal_(backbone.rel_pos_bias[TABLE])
+    x, table = torch.randn(3, 3, 16, 16), backbone.rel_pos_bias[TABLE].clone()
+    backbone.norm = torch.nn.Identity()
+    before = backbone.tokens(x)
+    model = ft.classifier(backbone, 10, recipe(name))
+    assert torch.equal(backbone.tokens(x), before) and backbone.relative == "block"
+    of = {id(p): g for g in ft.parameter_groups(model, 0.05, 0.65) for p in g["params"]}
+    for i, block in enumerate(backbone.blocks):
+        own = block.attn.get_parameter(TABLE)
+        assert torch.equal(own, table) and own.requires_grad
+        assert (of[id(own)]["scale"], of[id(own)]["weight_decay"]) == (pytest.approx(0.65 ** (2 - i)), 0)
+    model(x).square().sum().backward()
+    assert all(block.attn.get_parameter(TABLE).grad.any() for block in backbone.blocks)
+
+
+def test_where_there_were_no_relative_positions():
+    """Zeros in SimMIM's and CAE's recipes; CAE keeps its norm, after the mean, and fixed positions."""
+    for name, positions in (("cae", "sincos-yx"), ("cae", "learned"), ("simmim", "sincos-xy"), ("maskfeat", "learned")):
+        backbone = vit("vit_tiny", 16, width=0.125, depth=2, positions=positions)
+        torch.nn.init.normal_(backbone.norm.weight)
+        norm = backbone.norm
+        model = ft.classifier(backbone, 10, recipe(name))
+        tables = [p for n, p in model.named_parameters() if n.endswith(TABLE)]
+        assert len(tables) == (0 if name == "maskfeat" else 2) and not any(t.any() for t in tables)
+        assert torch.equal(backbone.fc_norm.weight, norm.weight) is (name == "cae")
+        assert backbone.pos_embed.requires_grad is ((name, positions) != ("cae", "sincos-yx"))
+        assert all(p.requires_grad for n, p in model.named_parameters() if not n.endswith("pos_embed"))
+        assert 0 < model.head.weight.std() < 4e-5
+    model = ft.classifier(swin("swin_tiny", 16, 0.25, depths=(2, 2)), 10, recipe("simmim"))
+    assert 0.015 < model.head.weight.std() < 0.025 and model.path_factors is path_factors
+
+
 def test_a_vit_gets_a_fresh_norm_and_loses_its_own():
     torch.manual_seed(0)
     backbone = vit("vit_tiny", 16, width=0.0625, depth=2)
@@ -137,6 +216,57 @@ def test_positions_are_interpolated_and_trained(tmp_path):
     assert (after != before).any(2)[0, 1:].all() and result["image_size"] == 32
     again, meta = load_backbone(tmp_path / "out" / "finetune_last.pt")  # a fine-tuned network is a backbone again
     assert torch.equal(again.pos_embed, after) and meta["pool"] == "mean" and meta["method"] == "mae"
+
+
+def test_a_swin_gets_other_windows(tmp_path, capsys):
+    """Pre-trained at 24 pixels with windows of 3, fine-tuned at 32 with windows of 4, by the recipe of its method."""
+    torch.manual_seed(0)
+    network = swin("swin_tiny", 24, 0.25, 4, 3, (1, 1))
+    meta = {"method": "simmim", "arch": "swin_tiny", "width": 0.25, "image_size": 24, "channels": 3}
+    meta |= {"mean": [0.5] * 3, "std": [0.5] * 3, **network.config}
+    torch.save({"backbone": network.state_dict(), "meta": meta}, tmp_path / "swin.pt")
+    case = "eval_finetune", f"{BASE} --pretrained {tmp_path}/swin.pt --image-size 32 --max-steps 1 --warmup-epochs 0"
+    assert run(case, tmp_path / "a")["recipe"] == "simmim"
+    assert "the maps, which are padded: 8 x 8 by 3, 4 x 4 by 3; --window" in capsys.readouterr().out
+    run(case, tmp_path / "b", "--window", 4, "--lr", 1e-9)
+    assert "padded" not in capsys.readouterr().out
+    again, meta = load_backbone(tmp_path / "b" / "finetune_last.pt")
+    assert (meta["window"], meta["image_size"], meta["method"]) == ([4, 4], 32, "simmim")
+    name = f"layers.0.blocks.0.attn.{TABLE}"
+    expected = resize_table(network.state_dict()[name], (3, 3), (4, 4))
+    torch.testing.assert_close(again.state_dict()[name], expected, atol=1e-6, rtol=0)
+
+
+def test_a_vit_of_simmim_is_fine_tuned_and_read_again(tmp_path, capsys):
+    """At another size; what is left is a network with relative positions of each block, and a classifier."""
+    write_vit(tmp_path / "vit.pt", positions="none", relative="shared")
+    case = "eval_finetune", f"{BASE} --pretrained {tmp_path}/vit.pt --recipe simmim --image-size 24 --warmup-epochs 1"
+    run(case, tmp_path / "a", "--max-steps", 3, "--lr", 0.1)
+    saved = state(tmp_path / "a")
+    again, meta = load_backbone(tmp_path / "a" / "finetune_last.pt")
+    assert (meta["relative"], meta["pool"], meta["positions"], again.grid) == ("block", "mean", "none", (12, 12))
+    assert all(torch.equal(v, saved["model"][f"backbone.{k}"]) for k, v in again.state_dict().items())
+    assert again.blocks[1].attn.get_parameter(TABLE).shape == (23 * 23 + 3, 3)
+    main("predict", "--pretrained", tmp_path / "a" / "finetune.pt", "--data", "fake:20", "--out", tmp_path / "p")
+    x = torch.randn(2, 3, 24, 24)
+    assert (again.attention(x).sum(3) - 1).abs().max() < 1e-5 and again(x).isfinite().all()
+
+
+def test_clipping_and_colours(monkeypatch, runs, tmp_path):
+    """What the flags say reaches the optimiser's step and the views."""
+    seen, update = [], Run.update
+    monkeypatch.setattr(Run, "update", lambda self, *rest: seen.append(rest[1]) or update(self, *rest))
+    for more in (["--recipe", "cae"], ["--clip", 0.5, "--rand-augment", 0], ["--color-jitter", 0.3]):
+        monkeypatch.setattr(ft, "validate", lambda run, *rest: seen.append(run.loader.specs[0]))
+        with pytest.raises(ValueError, match="max"):  # of the accuracies, of which there are none
+            run(runs["vit"], tmp_path / "-".join(map(str, more)), *more, "--max-steps", 1)
+    views, clips = [s for s in seen if not isinstance(s, float)][::2], [s for s in seen if isinstance(s, float)]
+    assert clips == [0.0, 0.5, 0.0]
+    assert [(type(v).__name__, v.jitter, v.jitter_p) for v in views[:2]] == [
+        ("View", (0.4, 0.4, 0.4, 0.0), 1.0),
+        ("View", (0.0,) * 4, 0.0),
+    ]
+    assert type(views[2]) is ft.Augmented and views[2].jitter_p == 0
 
 
 def test_frozen_layers_stay_as_they_are(runs, tmp_path):
@@ -416,7 +546,7 @@ def test_it_learns(script, tmp_path):
 
 MISTAKES = ["--recipe vit", "--drop-path 0.1", "--freeze 6", "--layer-decay -1", "--layer-decay 1.5", "--val-every 0"]
 MISTAKES += ["--mixup 0.8 --batch-size 15", "--batch-size 65", "--warmup-epochs 4", "--erase 1.5", "--rand-augment 11"]
-MISTAKES += ["--labels 1%", "--pretrained nowhere.pt"]
+MISTAKES += ["--labels 1%", "--pretrained nowhere.pt", "--window 4", "--color-jitter 2", "--recipe simmim"]
 
 
 @pytest.mark.parametrize("line", MISTAKES)

@@ -160,13 +160,14 @@ NETWORKS = {
     "vit": lambda: vit("vit_tiny", 32, 0.25, patch_size=8, depth=2, heads=2),
     "vit of means": lambda: vit("vit_tiny", 32, 0.25, 8, 2, positions="learned", pool="mean", layer_scale=0.1),
     "grey vit": lambda: vit("vit_tiny", 32, 0.25, patch_size=8, depth=2, channels=1),
+    "relative": lambda: vit("vit_tiny", 32, 0.25, 8, 2, positions="none", relative="shared", layer_scale=0.1),
     "swin": lambda: swin("swin_tiny", 32, 0.25, depths=(1, 1, 1, 1)),
     "xcit": lambda: xcit("xcit_small_12", 32, 0.25, depth=1),
     "library": lambda: Library("torchvision:squeezenet1_1", image_size=32),
     "timm": lambda: Library("timm:test_vit", image_size=32, channels=2),
 }
 FORMATS = {  # what a file's name decides, and the names in torchvision and timm
-    "pt2": ["narrow", "edges", "no first relu", "vit", "vit of means", "swin", "xcit", "library", "timm"],
+    "pt2": ["narrow", "edges", "no first relu", "vit", "vit of means", "relative", "swin", "xcit", "library", "timm"],
     "onnx": ["narrow", "vit", "edges"],
     "torchvision": ["large stem", "small stem", "grey", "no first relu", "vit", "grey vit", "library"],
     "timm": ["large stem", "small stem", "grey", "no first relu", "vit", "vit of means", "grey vit", "timm"],
@@ -223,6 +224,15 @@ def test_the_printed_lines_compute_the_features(target, name, tmp_path, capsys):
         assert expected.shape == (batch, network.dim) and expected.std() > 1e-4
         scale = expected.abs().max().item()
         torch.testing.assert_close(torch.as_tensor(scope["features"]), expected, rtol=1e-5, atol=1e-5 * max(1, scale))
+
+
+def test_relative_positions_go_to_no_other_library(tmp_path, capsys):
+    network = NETWORKS["relative"]()
+    meta = {"arch": "vit_tiny", "width": 0.25, "image_size": 32, "channels": 3, "method": "x", **network.config}
+    torch.save({"backbone": network.state_dict(), "meta": meta}, tmp_path / "own.pt")
+    for target in ("timm", "torchvision"):
+        words = ["--pretrained", tmp_path / "own.pt", "--to", target, "--out", tmp_path / "a.pth"]
+        assert f"--to {target}: its ViT has fixed or learned positions" in refused(capsys, main, "export", *words)
 
 
 def test_lines_of_the_readme(tmp_path):

@@ -7,8 +7,8 @@ import torchvision
 from torchvision.models.swin_transformer import SwinTransformer
 
 from common.namings import SWIN_TORCHVISION, TO_TORCHVISION, renamed
-from common.swin import ARCHS, WindowAttention, default_patch, default_window, swin
-from common.vit import path_factors
+from common.swin import ARCHS, WindowAttention, default_patch, default_window, padding, swin, with_window
+from common.vit import TABLE, path_factors, resize_table
 from tests.helpers import refused, rows
 
 SMALL = {"width": 0.25, "depths": (2, 2)}  # dimensions 24 and 48
@@ -176,6 +176,24 @@ def test_a_shift_stays_when_the_map_gets_smaller():
     assert not torch.allclose(large(x), little(x), atol=1e-3)
 
 
+def test_other_windows():
+    """The same weights, tables interpolated, and shifts as in a network that was made for this size and window."""
+    model = small(window=4)
+    same = with_window(model, 4, 32)
+    x = rows(2, 3, 48, 48)
+    assert torch.equal(same(x), model(x)) and same.config == model.config
+    other = with_window(model, 6, 48)
+    made = small(48, window=6)
+    assert other.config == made.config and [b.attn.shift for b in other.blocks] == [b.attn.shift for b in made.blocks]
+    for name, value in model.state_dict().items():
+        expected = resize_table(value, (4, 4), (6, 6)) if name.endswith(TABLE) else value
+        assert torch.equal(other.state_dict()[name], expected)
+    made.load_state_dict(other.state_dict())
+    assert torch.equal(made(x), other(x))
+    assert padding(other, 48) == "" == padding(None, 48)
+    assert padding(other, 32) == "windows do not divide the maps, which are padded: 16 x 16 by 6, 8 x 8 by 6"
+
+
 # ----------------------------------------------------------------------------------------------------------- steps
 def test_steps_make_the_forward_pass():
     model, x = small(), rows(2, 3, 32, 32)
@@ -197,6 +215,10 @@ def test_what_a_mask_token_replaces_has_no_influence():
     changed[:, :, 8:16, 16:24] += 1
     first, second = (model.encode(model.embed(v).where(~mask, token))[0] for v in (x, changed))
     assert torch.equal(first, second) and not torch.allclose(model.tokens(x), model.tokens(changed))
+    flat = mask.expand(2, -1, -1, -1).flatten(1)
+    assert torch.equal(model.embed(x, flat, token[None, None]), model.embed(x).where(~mask, token))
+    assert torch.equal(model.maps(x, mask=flat, token=token[None, None]), first.permute(0, 3, 1, 2))
+    assert torch.equal(model.maps(x).mean((2, 3)), model(x))
 
 
 def test_last_blocks():

@@ -316,6 +316,12 @@ def test_class_token_or_mean_of_the_others():
     assert not [name for name in cls.state_dict() if name.startswith("fc_norm")]
 
 
+def test_maps_are_the_patch_tokens_in_their_places():
+    model, x = tiny(), rows(2, 3, 8, 16)
+    maps, tokens = model.maps(x), model.tokens(x)
+    assert maps.shape == (2, 24, 2, 4) and torch.equal(maps[1, :, 1, 2], tokens[1, 1 + 4 + 2])
+
+
 def test_last_blocks():
     """The output after block i is that of a network which ends there; all pass the final norm."""
     model, x = tiny(), rows(2, 3, 16, 16)
