@@ -32,7 +32,7 @@ SCRIPTS = {
     "npid": ["--dim", "16", "--temperature", "0.25"],
     "swav": "--dim 16 --crops 2 1 --sizes 16 12 --prototypes 8 --freeze-steps 2 --queue 24 --queue-epoch 0".split(),
     "scan": "--pretrained random --clusters 5 --neighbours 4 --heads 2".split(),
-    "obow": "--image-size 24 --words 32".split(),
+    "obow": "--image-size 24 --words 32 --patches 2".split(),
     "odc": "--dim 16 --hidden-dim 32 --clusters 6 --min-cluster 8 --centroid-every 2".split(),
     "densecl": ["--dim", "16", "--queue", "40"],
     "directclr": [],
