@@ -28,7 +28,8 @@ at most 10,000, without augmentation: of several heads that with the lowest loss
 for eval_cluster.py and predict.py, holds it with its network. neighbours.npz holds the neighbours.
 
 Cost at N = 1,281,167, D = 2048: 10.5 GB of features on each GPU and 6.7 PFLOP over all of them while neighbours are
-found, once; the table takes 0.26 GB on the host. Two loading processes, one for the neighbours.
+found, once; the table takes 0.26 GB on the host. Neighbours have a loading process of their own, for which "data wait"
+does not count.
 
 Deviations from the official code: neighbours by the backbone's pooled features, not the projector's output, which
 backbone.pt lacks; the network is that of the last epoch, not of the one with the lowest loss; H is that of the global
@@ -59,7 +60,7 @@ from common.augment import FLIP, JITTER, LEFT, TOP, EvalView, View
 from common.checkpoint import load_backbone, load_file
 from common.classifier import Classifier, save_classifier
 from common.datasets import evenly_spaced
-from common.distributed import all_reduce, gather_uneven, is_main, rank, world_size
+from common.distributed import all_reduce, gather_uneven, is_main, print0, rank, world_size
 from common.features import broken_rows, extract
 from common.files import atomic
 from common.knn import nearest
@@ -199,7 +200,7 @@ class Strong(View):
                 image = function(image, low + amount * (high - low))
             crop = torch.from_numpy(np.array(image)).permute(2, 0, 1)
         if self.cutout:
-            side, row, column = (u[-3:] * (self.cutout, self.size, self.size)).astype(int)
+            side, row, column = (u[-3:] * (self.cutout, self.size, self.size)).astype(int)  # one less than its pixels
             rows, columns = (slice(max(0, c - side // 2), c + side - side // 2 + 1) for c in (row, column))
             crop[:, rows, columns] = torch.tensor([round(255 * m) for m in self.mean], dtype=crop.dtype)[:, None, None]
         return crop
@@ -389,6 +390,8 @@ def main(args):
     if args.self_label:  # SCAN: labels come from the whole image, as evaluations see it
         views.insert(0, EvalView(args.image_size, mean=views[0].mean, std=views[0].std))
     data = run.open(views)
+    if args.views == "strong" and (data.channels != 3 or getattr(data, "dtype", torch.uint8) != torch.uint8):
+        print0("colours     the operations of strong views, which are for RGB images of 8 bits, are switched off")
     args.clusters, k = cluster_count(args, data), args.neighbours
     model = run.place(SCAN(backbone, args.clusters, args.heads, args.freeze, args.self_label)).train()
     if head:
