@@ -292,6 +292,7 @@ COPIES = {
     "key_order": "moco moco_ft densecl interclr",
     "enqueue": "moco.MoCo moco_ft.MoCoFT interclr.InterCLR",
     "info_nce": "moco densecl",
+    "own_share": "interclr scan",
     **dict.fromkeys("patchify unpatchify statistics".split(), "mae cae"),
     **dict.fromkeys("hog default_cell".split(), "maskfeat cae"),
     **dict.fromkeys("Head augmentation teacher_temp half_cosine entropies collapsed clip_each".split(), "dino esvit"),
