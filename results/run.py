@@ -39,6 +39,8 @@ RECIPES = {  # by name of the script, with more behind a hyphen where it has sev
     "barlowtwins": "--dim 512 --lambd 0.005 --warmup-epochs 1 --lr 1 --lr-biases 0.024 --crop-min 0.08",
     "swav": "--prototypes 256 --epsilon 0.03 --color-strength 0.5 --crop-min 0.2 --lr 3 --warmup-epochs 1",
     "deepcluster": "--lr 0.4 --crop-min 0.08",
+    "scan": "--pretrained runs/results/simclr/backbone.pt --heads 3 --lr 5e-4 --epochs 6 --knn-every 2",
+    "scan-selflabel": "--self-label --pretrained runs/results/scan/last.pt --batch-size 128 --epochs 4 --knn-every 2",
     "odc": "--clusters 50 --min-cluster 20 --centroid-every 10 --lr 0.1 --memory-momentum 0.9 --crop-min 0.08",
     "npid": "--full-softmax --temperature 0.1 --lr 0.06 --weight-decay 5e-4 --bank-momentum 0.9 --crop-min 0.3",
     "mocov3": "--lr 16 --warmup-epochs 1 --temperature 0.2 --hidden-dim 512",
