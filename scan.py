@@ -179,7 +179,7 @@ OPERATIONS = (  # smallest and largest amount v, drawn uniformly; function of a 
 class Strong(View):
     """A square of the image as EvalView resizes it, mirrored or not, changed by `operations` of the 14 above, drawn
     with replacement, and with a hole (Cutout, DeVries & Taylor 2017) of 1 to `cutout` pixels a side, cut at the borders
-    and filled with the mean colour."""
+    and filled with the mean colour, which is normalised to 0."""
 
     operations: int = 4
     cutout: int = 0
