@@ -111,7 +111,7 @@ def convert(backbone, meta, target):
     """The object that the other library reads, and the tensors in it by name."""
     weights, is_vit = dict(backbone.state_dict()), isinstance(backbone, ViT)
     names = {Swin: ("torchvision", "timm"), XCiT: ("timm",)}.get(type(backbone), ())
-    if not isinstance(backbone, (ResNet, ViT)) and target not in (home(backbone), *names):
+    if type(backbone) not in (ResNet, ViT) and target not in (home(backbone), *names):
         fail(f"--to {target}: there is no {meta['arch']} with these names; --to pt2 writes any network")
     if names:
         if target == "torchvision" and len(set(backbone.config["window"])) > 1:

@@ -171,7 +171,7 @@ def init_from(path, model):
 def fit_channels(weights, network):
     """The weights with the first layer for images of other channels, where there is one right way: what grey images
     give is what they gave as three equal channels, and any channels give what their mean gave as a grey image."""
-    names = ("conv1.weight", "patch_embed.proj.0.0.weight", "patch_embed.proj.weight")
+    names = ("conv1.weight", "conv1.0.weight", "patch_embed.proj.0.0.weight", "patch_embed.proj.weight")
     name = next((name for name in names if name in weights), "")
     layer, own = weights.get(name), network.state_dict().get(name)
     if layer is None or own is None or layer.ndim != 4 or "input_filter" in weights | network.state_dict():

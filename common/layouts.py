@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torchvision.models.resnet import Bottleneck
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 from common import conv4, namings, resnet, swin, vit, xcit
 from common.namings import shaped
@@ -295,15 +295,19 @@ def _reads_edges(weights):
 def resnet_shape(weights):
     """What the shapes tell of a ResNet: arch (the nearest one), width, small (a 3x3 stem), channels of the images."""
     blocks = [len({k.split(".")[1] for k in weights if k.startswith(f"layer{i}.")}) for i in range(1, 5)]
-    bottleneck = "layer1.0.conv3.weight" in weights
+    kind = Bottleneck if "layer1.0.conv3.weight" in weights else BasicBlock
+    kind = resnet.SelectiveBottleneck if "layer1.0.conv2.mix.0.weight" in weights else kind
 
     def distance(arch):
         block, counts = resnet.ARCHS[arch]
-        return (block is Bottleneck) != bottleneck, sum(abs(a - b) for a, b in zip(blocks, counts, strict=True))
+        return block is not kind, sum(abs(a - b) for a, b in zip(blocks, counts, strict=True))
 
-    stem = shaped(weights, "conv1.weight", 64, 3, 7, 7)
-    inputs = shaped(weights, "input_filter", 2, 3, 3, 3) if "input_filter" in weights else stem
-    told = {"arch": min(resnet.ARCHS, key=distance), "width": len(stem) / 64, "small": stem.shape[-1] == 3}
+    deep = "conv1.6.weight" in weights  # three convolutions
+    first = shaped(weights, "conv1.0.weight" if deep else "conv1.weight", 64, 3, 7, 7)
+    stem = shaped(weights, "conv1.6.weight", 64, 32, 3, 3) if deep else first
+    inputs = shaped(weights, "input_filter", 2, 3, 3, 3) if "input_filter" in weights else first
+    small = first.shape[-1] == 3 and not deep
+    told = {"arch": min(resnet.ARCHS, key=distance), "width": len(stem) / 64, "small": small}
     return told | {"channels": inputs.shape[1], "filtered": "input_filter" in weights}
 
 

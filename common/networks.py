@@ -1,6 +1,7 @@
 """The backbone that --arch names: a ResNet of ours, or any classification network of torchvision or timm.
 
     resnet18 ... resnet152       common/resnet.py: any width, any channels, a stem for small images, maps of its stages
+    resnet50_sk ... 101, 152     the same with selective kernels
     torchvision:convnext_tiny    any name of torchvision.models.list_models(module=torchvision.models)
     timm:convnextv2_atto         any name of timm.list_models(), where timm is installed (pip install timm)
 

@@ -123,7 +123,7 @@ MISTAKES = {
     "simsiam --arch torchvision:convnext_tinny": "did you mean torchvision:convnext_tiny",
     "simsiam --arch torchvision:ConvNeXt_Tiny": "did you mean torchvision:convnext_tiny",
     "simsiam --arch convnext_tiny": "unknown, expected one of resnet18, resnet34, resnet50, resnet101, resnet152, "
-    "torchvision:NAME or timm:NAME; did you mean torchvision:convnext_tiny",
+    "resnet50_sk, resnet101_sk, resnet152_sk, torchvision:NAME or timm:NAME; did you mean torchvision:convnext_tiny",
     "simsiam --arch resnet_50": "did you mean resnet50",
     "simsiam --arch tv:resnet18": "unknown library, expected torchvision:NAME or timm:NAME",
     "simsiam --arch torchvision:": "torchvision has no such network",
