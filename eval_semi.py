@@ -2,6 +2,8 @@
 
     torchrun --nproc_per_node=4 eval_semi.py --pretrained runs/moco/backbone.pt --data /imagenet --labels 1% --grid
     python eval_semi.py --pretrained random --arch resnet18 --width 0.25 --data digits --labels 10% --batch-size 64
+    python eval_semi.py --pretrained runs/simclrv2/last.pt --data /imagenet --labels 1% --head-layer 1 --lars
+    python eval_semi.py --pretrained random --data /imagenet --distill runs/simclrv2/semi.pt --out runs/student
 
 The whole network is trained, with random crops and flips; ResNets as in OpenSelfSup and MMSelfSup. --grid tries three
 learning rates times three multipliers of the classifier's.
@@ -9,9 +11,17 @@ learning rates times three multipliers of the classifier's.
 network  epochs  batch  lr per 256  classifier  schedule                     weight decay  layer decay  drop path
 ResNet   20      256    0.01        x100        SGD, x0.2 at 60 and 80 %     5e-4          -            -
 ViT      100     1024   5e-4        x1          AdamW, warm-up 5, cosine     0.05          0.65         0.1
+--lars   60      1024   see below   x1          LARS, cosine                 0             -            -
+student  400     4096   see below   x1          LARS, warm-up 20, cosine     1e-4          -            -
 
 ResNets with more than 5 % of the labels: weight decay 1e-4. ViT-L, ViT-H: 50 epochs, lr 1e-3, layer decay 0.75, drop
 path 0.2, 0.3.
+
+--lars, for ResNets, is SimCLR v2: rate 0.005 x root of the batch (0.002 for wider networks and selective kernels), a
+classifier that starts from zero, 30 epochs with more than 5 % of the labels. --head-layer 1 keeps the first layer of
+the projector, which a last.pt has. --distill TEACHER uses no label of the training images: a student learns on all of
+them what the network in a semi.pt, finetune.pt or linear.pt finds probable in the same view (temperature 1); a ResNet
+by the last recipe of the table, rate 0.1 x root of the batch. predict.py takes semi.pt, which is written here.
 
 Test images: shorter side to 256 and central 224 pixels, or sizes in this ratio; no margin above 224 pixels and up to
 64. Bicubic for ViTs, bilinear for ResNets. Swins and XCiTs are treated as ViTs.
@@ -43,13 +53,16 @@ from common import rng, xcit
 from common.args import Parser, at_least, below_one, fail, positive, probability, share, toggle
 from common.augment import EvalView, View
 from common.checkpoint import load_pretrained
-from common.datasets import Subset, open_labelled
+from common.classes import class_names
+from common.classifier import Classifier as Whole
+from common.classifier import folded, load_classifier, projector_layers, save_classifier
+from common.datasets import Subset, open_dataset, open_labelled
 from common.distributed import print0, process_mean, rank, world_size
 from common.files import result_folder
 from common.lists import composed, read_text, split_lines
 from common.loader import agree_on_undecodable, eval_batches
 from common.log import facts, report
-from common.optim import cosine
+from common.optim import LARS, cosine
 from common.run import Run, start_device
 from common.vit import ViT, path_factors
 
@@ -57,6 +70,8 @@ RESNET = {"epochs": 20, "warmup_epochs": 0, "batch_size": 256, "lr": 0.01, "min_
 RESNET |= {"schedule": "step", "layer_decay": 1.0, "drop_path": 0.0, "val_every": 5}
 VIT = {"epochs": 100, "warmup_epochs": 5, "batch_size": 1024, "lr": 5e-4, "min_lr": 1e-6, "head_lr": 1.0}
 VIT |= {"schedule": "cosine", "layer_decay": 0.65, "drop_path": 0.1, "val_every": 1, "weight_decay": 0.05}
+BIG = {"batch_size": 1024, "lr": 0.005, "head_lr": 1.0, "schedule": "cosine", "weight_decay": 0.0}  # of --lars
+STUDENT = {"epochs": 400, "warmup_epochs": 20, "batch_size": 4096, "lr": 0.1, "weight_decay": 1e-4}
 LARGE = {"epochs": 50, "lr": 1e-3, "layer_decay": 0.75}
 UNDECAYED = ("pos_embed", "cls_token", "relative_position_bias_table")
 BY_ARCH = {"vit_large": LARGE | {"drop_path": 0.2}, "vit_huge": LARGE | {"drop_path": 0.3}}
@@ -68,7 +83,10 @@ def parse_args(argv=None):
     parser = Parser(__doc__)
     run = parser.add_pretrained()
     group = parser.add_argument_group("recipe (defaults: the table above)")
-    group.add_argument("--labels", required=True, help="1%%, 10%% ... (balanced draw), or a list of training images")
+    group.add_argument("--labels", help="1%%, 10%% ... (balanced draw), or a list of training images")
+    group.add_argument("--distill", metavar="TEACHER", help="instead of labels: semi.pt, finetune.pt or linear.pt")
+    group.add_argument("--head-layer", type=at_least(0), default=0, help="layers of the projector to keep")
+    group.add_argument("--lars", action=toggle, help="the recipe with LARS (default: with --distill and a ResNet)")
     group.add_argument("--grid", action=toggle, default=False, help="nine runs, lr .1 .01 .001 x head-lr 1 10 100")
     group.add_argument("--crop-min", type=share, default=0.08, help="smallest share of the image area in a crop")
     group.add_argument("--flip", type=probability, default=0.5, help="probability of a mirrored image")
@@ -76,7 +94,8 @@ def parse_args(argv=None):
     group.add_argument("--epochs", type=positive(int))
     group.add_argument("--warmup-epochs", type=at_least(0))
     group.add_argument("--batch-size", type=positive(int), help="images per step over all processes and --accum")
-    group.add_argument("--lr", type=positive(float), help="per 256 images: multiplied by batch-size / 256")
+    text = "per 256 images: multiplied by batch-size / 256; with --lars by the root of batch-size"
+    group.add_argument("--lr", type=positive(float), help=text)
     group.add_argument("--head-lr", type=positive(float), help="multiplier of the classifier's learning rate")
     group.add_argument("--layer-decay", type=share, help="factor of the learning rate from a layer to the one below")
     group.add_argument("--weight-decay", type=at_least(0, float))
@@ -85,6 +104,8 @@ def parse_args(argv=None):
     group.add_argument("--val-every", type=positive(int), help="epochs between accuracies, beside the last")
     parser.add_loop(run)
     args = parser.parse_args(argv)
+    if bool(args.labels) is bool(args.distill):
+        parser.error("give either --labels, 1% for example, or --distill, the file of a teacher")
     if args.grid and (args.lr is not None or args.head_lr is not None):
         parser.error("--grid sets --lr and --head-lr itself: leave those two out")
     return args
@@ -96,10 +117,15 @@ def complete(args, backbone, meta, labelled):
     known = {k: meta[k] for k in ("arch", "width", "image_size", "channels")}
     known["out"] = str(result_folder(args.pretrained, args.out))
     defaults = VIT if is_vit else RESNET | {"weight_decay": 5e-4 if labelled <= 0.05 else 1e-4}
+    known["lars"] = (bool(args.distill) and not is_vit) if args.lars is None else args.lars
+    if known["lars"]:
+        defaults = RESNET | BIG | (STUDENT if args.distill else {"epochs": 60 if labelled <= 0.05 else 30})
     defaults = defaults | BY_ARCH.get(meta["arch"], {})
     args = args.replace(**defaults | {k: v for k, v in vars(args).items() if v is not None} | known)
-    if is_vit and args.grid:
-        fail("--grid is for ResNets only")
+    if args.lars and is_vit:
+        fail("--lars is for ResNets only")
+    if args.grid and (is_vit or args.lars):
+        fail("--grid is for ResNets only and rates of SGD: leave out --lars or, with --distill, add --no-lars")
     if args.drop_path and not is_vit:
         fail("--drop-path is for vision transformers only")
     return args
@@ -153,6 +179,30 @@ def few_labels(data, spec, seed):
     return Subset(data, indices), f"{len(indices):,} of {len(data):,} images, {how}"
 
 
+def taught(args, meta):
+    """Training images, whose labels are not used; test images, their classes numbered as the teacher's that --distill
+    names; the names of these; the teacher, for images normalised as the student's. meta: of the student."""
+    own = dict.fromkeys(("arch", "width", "channels", "image_size", "mean", "std", "pretrained_key"))
+    teacher, view, names, told = load_classifier(args.replace(pretrained=args.distill, **own), "--distill")
+    for k, flag in (("channels", "--channels"), ("image_size", "--image-size")):
+        if told[k] != meta[k]:
+            fail(f"--distill {args.distill} has {flag} {told[k]}, the student {meta[k]}: both see the same views")
+    data = open_dataset(args.data, "train", args.train_list, channels=meta["channels"])
+    test = open_dataset(args.data, "val", args.val_list, channels=meta["channels"])
+    if test.labels is None:
+        fail(f"--data {args.data}: the test images have no labels (put them in class folders, or give --val-list)")
+    classes = class_names(test)
+    if unknown := sorted(set(classes.values()) - set(names)):
+        fail(f"--distill {args.distill} knows {names[0]} ..., but not the class {unknown[0]} of the test images")
+    test.labels, test.classes = np.array([names.index(classes[int(c)]) for c in test.labels]), names
+    known = (meta["mean"], meta["std"], view.mean, view.std)
+    mean, std, its_mean, its_std = (torch.tensor(x).view(-1, 1, 1) for x in known)
+    teacher.register_buffer("scale", std / its_std)
+    teacher.register_buffer("shift", (mean - its_mean) / its_std)
+    teacher.register_forward_pre_hook(lambda module, inputs: (inputs[0] * module.scale + module.shift, inputs[1]))
+    return data, test, names, teacher.requires_grad_(False).eval()
+
+
 # ------------------------------------------------------------------------------------------------------ model
 class Classifier(nn.Module):
     """A backbone and a linear classifier. All layers are trained, and a ViT's positions, except those of id < freeze.
@@ -191,6 +241,17 @@ class Classifier(nn.Module):
             if isinstance(module, nn.modules.batchnorm._BatchNorm) and not module.weight.requires_grad:
                 module.eval()
         return self
+
+
+class HeadClassifier(Classifier):
+    """A classifier on the first layers of the projector, dense, batch norm and ReLU each (SimCLR v2, section 2)."""
+
+    def __init__(self, backbone, classes, freeze, projector):
+        super().__init__(backbone, classes, freeze)
+        self.projector, self.head = projector, nn.Linear(projector[-3].out_features, classes)
+
+    def forward(self, x, paths=None):
+        return self.head(self.projector(self.backbone(x) if paths is None else self.backbone(x, paths=paths)))
 
 
 def layer_id(name, depth, depths=()):
@@ -265,19 +326,31 @@ def validate(run, test, view, args):
         run.save()
 
 
-def finetune(args, backbone, meta, data, test):
+def finetune(args, backbone, meta, data, test, names, teacher=None):
     """One run. Returns its learning rates and the accuracies at the last and at the best validation."""
     run = Run(args, "semi")
-    is_vit, classes = hasattr(backbone, "patch_size"), int(data.labels.max()) + 1
+    is_vit, classes = hasattr(backbone, "patch_size"), len(names)
     how = {"interpolation": "bicubic" if is_vit else "bilinear", "mean": tuple(meta["mean"]), "std": tuple(meta["std"])}
     test_view = EvalView(args.image_size, resize=args.image_size if args.image_size > 224 else 0, **how)
     run.open([View(args.image_size, (args.crop_min, 1.0), flip=args.flip, **how)], data=data)
 
-    model = run.place(Classifier(backbone, classes, args.freeze)).train()
-    peak = args.lr * args.batch_size / 256
-    groups = parameter_groups(model, args.weight_decay, args.layer_decay, args.head_lr, decay_all=not is_vit)
-    optimizer = torch.optim.AdamW(groups, peak) if is_vit else torch.optim.SGD(groups, peak, momentum=0.9)
-    rule = f"{args.lr} x {args.batch_size}/256 = {peak:.4g}, layer x{args.layer_decay:g}, classifier x{args.head_lr:g}"
+    projector = projector_layers(args.pretrained, args.head_layer, args.trust_pickle)
+    kind, more = (HeadClassifier, [projector]) if projector else (Classifier, [])
+    model = kind(backbone, classes, args.freeze, *more)
+    for parameter in model.head.parameters() if projector or args.lars else ():
+        nn.init.zeros_(parameter)
+    model = run.place(model).train()
+    teacher = teacher and teacher.to(run.device, run.dtype, memory_format=torch.channels_last)
+    peak = args.lr * (math.sqrt(args.batch_size) if args.lars else args.batch_size / 256)
+    groups = parameter_groups(model, args.weight_decay, args.layer_decay, args.head_lr, not (is_vit or args.lars))
+    if args.lars:  # the classifier's steps are not adapted either, as in the official code of SimCLR
+        adapted = {id(p) for p in model.parameters() if p.ndim > 1 and p is not model.head.weight}
+        parts = [(g, [p for p in g["params"] if (id(p) in adapted) is a], a) for g in groups for a in (True, False)]
+        optimizer = LARS([g | {"params": part, "adapt": a} for g, part, a in parts if part], peak)
+    else:
+        optimizer = torch.optim.AdamW(groups, peak) if is_vit else torch.optim.SGD(groups, peak, momentum=0.9)
+    rule = f"{args.lr} x " + (f"sqrt({args.batch_size})" if args.lars else f"{args.batch_size}/256")
+    rule += f" = {peak:.4g}, layer x{args.layer_decay:g}, classifier x{args.head_lr:g}"
     chance = math.log(classes)
     pool = {"pool": backbone.pool} if is_vit else {}  # which the classifier may have changed
     run.more = {"history": [], "meta": meta | pool, "backbone_prefix": "backbone."}
@@ -293,7 +366,7 @@ def finetune(args, backbone, meta, data, test):
                 (x,), paths = batch.views(), None
                 if args.drop_path:
                     paths = model.path_factors(batch.uniforms(model.draws, rng.PATHS), args.drop_path).to(run.dtype)
-                targets = F.one_hot(batch.labels, classes).to(run.dtype)
+                targets = teacher(x, run.amp).softmax(1) if teacher else F.one_hot(batch.labels, classes).to(run.dtype)
                 run.backward(F.cross_entropy(net(x, paths), targets))
             run.update(optimizer)
             if args.grid and run.due and not process_mean(run.loss).isfinite():  # one of nine may diverge
@@ -310,6 +383,10 @@ def finetune(args, backbone, meta, data, test):
     history = run.more["history"]
     best = max(history, key=lambda h: h["top1"])
     agree_on_undecodable(data, run.device, run.loader.pool.bad)
+    what = "distilled" if teacher else f"fine-tuned with {args.labels}"
+    what += f", epoch {history[-1]['epoch']:g}, top-1 {history[-1]['top1']:.2f} %"
+    whole = Whole(model.backbone, model.head.weight, model.head.bias, hidden=folded(projector))
+    save_classifier(f"{args.out}/semi.pt", whole, run.more["meta"], test_view, names, what)
     result = {"lr": args.lr, "head_lr": args.head_lr, **history[-1]}
     return result | {f"best_{k}": best[k] for k in ("top1", "top5", "epoch")}
 
@@ -317,9 +394,14 @@ def finetune(args, backbone, meta, data, test):
 def main(args):
     start_device(args)  # the processes have to exist when the data are read
     backbone, meta = load_pretrained(args)
-    data, test = open_labelled(args.data, args.train_list, args.val_list, meta["channels"])
-    everything = len(data)
-    data, labels = few_labels(data, args.labels, args.seed)
+    if args.distill:
+        data, test, names, teacher = taught(args, meta)
+        everything, labels = len(data), f"those that {args.distill} gives to {len(data):,} images"
+    else:
+        data, test = open_labelled(args.data, args.train_list, args.val_list, meta["channels"])
+        everything, teacher, known = len(data), None, class_names(data)
+        names = [known.get(c, f"class {c}") for c in range(int(data.labels.max()) + 1)]
+        data, labels = few_labels(data, args.labels, args.seed)
     args = complete(args, backbone, meta, len(data) / everything)
     print0(f"labels      {labels}; {len(test):,} test images")
 
@@ -327,7 +409,7 @@ def main(args):
     if args.grid:
         settings = [{"lr": lr, "head_lr": h, "out": f"{args.out}/lr{lr:g}_head{h:g}"} for lr, h in GRID]
     for setting in settings:
-        results.append(finetune(args.replace(**setting), copy.deepcopy(backbone), meta, data, test))
+        results.append(finetune(args.replace(**setting), copy.deepcopy(backbone), meta, data, test, names, teacher))
         print0("result      " + "  ".join(f"{k} {v:g}" for k, v in results[-1].items()))
 
     best = max(results, key=lambda r: r["top1"])
