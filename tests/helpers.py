@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {
     "simsiam": ["--dim", "32", "--pred-dim", "8"],
     "simclr": ["--dim", "16"],
+    "simclrv2": ["--dim", "16", "--memory", "40"],
     "barlowtwins": ["--hidden-dim", "32", "--dim", "16"],
     "byol": ["--dim", "16", "--hidden-dim", "32"],
     "moco": ["--dim", "16", "--queue", "40"],

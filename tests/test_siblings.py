@@ -285,12 +285,12 @@ def test_mistakes_end_in_one_line(words, message, capsys, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------- copies
+AVERAGES = "byol.BYOL pixpro.PixPro moco.MoCo moco_ft.MoCoFT mocov3.MoCoV3 densecl.DenseCL interclr.InterCLR"
 COPIES = {
-    "reset_target": "byol.BYOL pixpro.PixPro moco.MoCo moco_ft.MoCoFT mocov3.MoCoV3 densecl.DenseCL interclr.InterCLR",
-    "update_target": "byol.BYOL pixpro.PixPro moco.MoCo moco_ft.MoCoFT mocov3.MoCoV3 densecl.DenseCL interclr.InterCLR",
+    **dict.fromkeys("reset_target update_target".split(), f"{AVERAGES} simclrv2.SimCLRv2"),
     "target_momentum": "byol pixpro mocov3 obow",
     "key_order": "moco moco_ft densecl interclr",
-    "enqueue": "moco.MoCo moco_ft.MoCoFT interclr.InterCLR",
+    "enqueue": "moco.MoCo moco_ft.MoCoFT interclr.InterCLR simclrv2.SimCLRv2",
     "info_nce": "moco densecl",
     "own_share": "interclr scan",
     **dict.fromkeys("patchify unpatchify statistics".split(), "mae cae"),
