@@ -12,7 +12,8 @@ from common.checkpoint import resume, run_state, save_file
 from tests.helpers import ROOT, SCRIPTS, TINY, flags, parsed, refused
 
 RANDOM = "--pretrained random --data fake:64 --arch resnet18 --width 0.125 --image-size 16"
-OTHERS = dict.fromkeys("eval_knn eval_linear eval_cluster eval_fewshot eval_finetune eval_semi features visualize".split(), RANDOM)
+OTHERS = "eval_knn eval_linear eval_cluster eval_fewshot eval_finetune eval_semi features visualize".split()
+OTHERS = dict.fromkeys(OTHERS, RANDOM)
 OTHERS |= {
     "eval_svm": "--pretrained random --data /nowhere --arch resnet18 --width 0.125",
     "pack": "/nowhere --out /nowhere",
