@@ -61,6 +61,7 @@ def parse_args(argv=None):
         "--batch-size", type=positive(int), default=50, help="N: images per step over all processes and --accum"
     )
     group.add_argument("--lr", type=positive(float), default=1e-3, help="as it is, whatever the batch size")
+    group.add_argument("--weight-decay", type=at_least(0, float), default=0.0)
     group.add_argument("--halve-every", type=positive(int), default=25_000, help="steps after which the rate is halved")
     args = parser.parse_args(argv)
     usual = {"photos": 84, "characters": 28}[args.augmentation] if default_size(args.data) == 224 else None
@@ -132,7 +133,7 @@ def main(args):
     shape = {"width": args.width, "image_size": args.image_size, "channels": args.channels}
     backbone = MAKERS.get(args.arch, network)(args.arch, **shape)
     model = run.place(ProtoCLR(backbone))
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=args.weight_decay)
     classes = args.batch_size // args.accum
     chance = math.log(classes)
     halvings = (run.total - 1) // args.halve_every
