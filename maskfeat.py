@@ -238,10 +238,8 @@ def save_pictures(path, model, images, view, how, seed, amp):
     panels = shown(panels.flatten(0, 1), view).unflatten(0, (2, -1)).masked_fill(hidden, 0.8)
     panels = panels.repeat_interleave(zoom, 3).repeat_interleave(zoom, 4)
     panels = torch.cat([panels, lines.cpu().expand_as(panels)]).transpose(0, 1).flatten(0, 1)
-    caption = (
-        f"{round(how[0] * mask.shape[1])} of {mask.shape[1]} patches are masked. HOG: lines run along edges, colours"
-    )
-    caption += " are averaged. Prediction: of the masked patches; those that are visible have their true HOG, darker."
+    caption = f"{round(how[0] * mask.shape[1])} of {mask.shape[1]} patches are masked. HOG (mean of channels): edges."
+    caption += " Prediction: in masked patches; those that are visible have their true HOG, darker."
     save_table(path, panels, ("original", "visible", "HOG", "prediction"), caption)
 
 
