@@ -130,9 +130,9 @@ PROTOCOLS = {
 AUTO = {
     "moco": "moco", "mocoft": "moco", "featuretransformation": "moco", "densecl": "moco", "interclr": "moco",
     "simsiam": "simsiam", "simclr": "simclr", "simclrv2": "simclr", "byol": "byol", "swav": "swav",
-    "barlowtwins": "barlow", "vicreg": "barlow", "directclr": "barlow", "mocov3": "mocov3", "mae": "mae", "cae": "mae", "maskfeat": "mae",
-    "dino": "dino", "obow": "obow", "simmim": "mae",
-    "esvit": "dino", "npid": "multihead", "deepcluster": "multihead", "odc": "multihead",
+    "barlowtwins": "barlow", "vicreg": "barlow", "directclr": "barlow", "mocov3": "mocov3", "obow": "obow",
+    "mae": "mae", "cae": "mae", "maskfeat": "mae", "simmim": "mae", "dino": "dino", "esvit": "dino",
+    "npid": "multihead", "deepcluster": "multihead", "odc": "multihead",
     "rotationpred": "multihead", "relativeloc": "multihead", "protoclr": "swav", "pixpro": "moco", "scan": "simclr",
 }
 # fmt: on
