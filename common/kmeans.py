@@ -32,13 +32,14 @@ class Whitened(NamedTuple):
 
 
 @torch.no_grad()
-def kmeans(features, k, iterations=20, seed=0, spherical=False, centroids=None):
+def kmeans(features, k, iterations=20, seed=0, spherical=False, centroids=None, split=True):
     """Lloyd's algorithm (1982): `iterations` times assign and average, then one last assignment.
 
     features: (N, D) floats, this process's rows. k: at most the rows of all processes. seed: for start and splits.
     centroids: (k, D) to start from; by default k distinct rows of the whole set. All processes must pass the same k,
     seed and centroids. spherical: centroids get unit length after each iteration and rows (unit length too, not
-    checked) go to the largest dot product, not the nearest centroid.
+    checked) go to the largest dot product, not the nearest centroid. split: otherwise empty clusters keep their
+    centroids.
 
     A cluster left empty by an iteration takes half of another, drawn with probability proportional to its size - 1:
     both get its centroid, alternate dimensions times 1 +- 1/1024, in opposite directions. Nothing follows the last
@@ -64,8 +65,9 @@ def kmeans(features, k, iterations=20, seed=0, spherical=False, centroids=None):
         counts = torch.bincount(assignments, minlength=k)[:, None].to(dtype)
         packed = all_reduce(torch.cat([sums, counts], dim=1))  # float32 counts are exact up to 2^24
         sums, counts = packed[:, :-1], packed[:, -1:]
-        centroids = sums / counts  # NaN where empty, until the next line
-        _split_into_empty(centroids, counts, generator)
+        centroids = torch.where(counts > 0, sums / counts, centroids)
+        if split:
+            _split_into_empty(centroids, counts, generator)
         if spherical:
             centroids = F.normalize(centroids, dim=1)
     inertia = features.new_zeros(1, dtype=wide)  # of differences: |x|^2 - 2xc + |c|^2 loses the digits

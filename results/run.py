@@ -54,6 +54,9 @@ RECIPES = {  # by name of the script, with more behind a hyphen where it has sev
     " --hidden-dim 512 --bottleneck-dim 128 --warmup-epochs 1 --teacher-momentum 0.99 --head-norm --lr 4e-3 --epochs 8",
     "esvit": "--local-crops 2 --out-dim 1024 --hidden-dim 512 --bottleneck-dim 128 --warmup-epochs 1 --head-norm"
     " --no-train-last-norm --teacher-momentum 0.99 --teacher-temp 0.04 --lr 4e-3 --epochs 8",
+    "esvit-swin": "--arch swin_tiny --patch-size 2 --window 4 --drop-path 0 --local-crops 2 --out-dim 1024"
+    " --hidden-dim 512 --bottleneck-dim 128 --warmup-epochs 1 --head-norm --no-train-last-norm"
+    " --teacher-momentum 0.99 --teacher-temp 0.04 --lr 4e-3 --epochs 8",
     "mae": "--arch vit_tiny --width 0.5 --depth 6 --patch-size 4 --decoder-dim 64 --decoder-depth 2 --decoder-heads 4"
     " --lr 4e-3 --warmup-epochs 2 --pictures-every 5",
     "simmim": "--arch vit_tiny --width 0.5 --depth 6 --patch-size 4 --drop-path 0 --schedule cosine --lr 8e-3"

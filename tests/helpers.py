@@ -34,6 +34,8 @@ SCRIPTS = {
     "swav": "--dim 16 --crops 2 1 --sizes 16 12 --prototypes 8 --freeze-steps 2 --queue 24 --queue-epoch 0".split(),
     "scan": "--pretrained random --clusters 5 --neighbours 4 --heads 2".split(),
     "obow": "--image-size 24 --words 32 --patches 2".split(),
+    "deepclusterv2": "--dim 16 --hidden-dim 32 --crops 2 1 --sizes 16 12 --prototypes 6 5 6 --iterations 3".split(),
+    "selav2": "--dim 16 --hidden-dim 32 --crops 2 1 --sizes 16 12 --prototypes 6 5 6 --freeze-steps 2".split(),
     "odc": "--dim 16 --hidden-dim 32 --clusters 6 --min-cluster 8 --centroid-every 2".split(),
     "densecl": ["--dim", "16", "--queue", "40"],
     "directclr": [],

@@ -99,7 +99,7 @@ def on_device(script, out, *more, resident=False):
             return real_numpy(tensor, **options)
         return np.ones(tensor.shape, str(tensor.dtype).removeprefix("torch."))
 
-    def clustered(features, k, **options):
+    def clustered(features, k, *rest, **options):
         centroids = features.new_zeros(k, features.shape[1], dtype=torch.float32)
         return Clusters(centroids, centroids.new_zeros(len(features), dtype=torch.int64), 0.0)
 

@@ -161,6 +161,19 @@ def test_no_cluster_stays_empty_when_there_are_points_enough(spherical):
     assert torch.bincount(ours.assignments, minlength=20).min() > 0
 
 
+@pytest.mark.parametrize("spherical", [False, True])
+def test_empty_clusters_keep_their_centroid_without_splits(spherical):
+    x = F.normalize(blobs(60, 3, 4).abs(), dim=1)
+    start = F.normalize(torch.cat([x[:3], -x[:2] + 0.1]), dim=1)  # the last two point away from all rows
+    ours = kmeans(x, 5, 4, centroids=start, spherical=spherical, split=False)
+    assert torch.bincount(ours.assignments, minlength=5)[3:].tolist() == [0, 0]
+    torch.testing.assert_close(ours.centroids[3:], start[3:], rtol=0, atol=1e-15)
+    three = kmeans(x, 3, 4, centroids=start[:3], spherical=spherical)
+    torch.testing.assert_close(ours.centroids[:3], three.centroids, rtol=0, atol=1e-15)
+    one = start[:1] * torch.tensor([[1.0], [-1.0]], dtype=x.dtype)  # with splits, none stays empty
+    assert len(kmeans(x, 2, 4, centroids=one, spherical=spherical).assignments.unique()) == 2
+
+
 @pytest.mark.parametrize("value", [0.0, 1.5])
 def test_duplicates_only(value):
     x = torch.full((30, 4), value)
@@ -211,8 +224,14 @@ JOBS = {
     "plain": lambda x: kmeans(x, 12, 6, seed=5),
     "spherical": lambda x: kmeans(F.normalize(x, dim=1), 12, 6, seed=5, spherical=True),
     "splits": lambda x: kmeans(x, 12, 6, seed=5, centroids=torch.eye(12, 7).double() * 1e5),
+    "keeps": lambda x: kmeans(F.normalize(x, dim=1), 9, 6, spherical=True, centroids=opposed(x), split=False),
     "whitened": lambda x: pca_whiten(x, 3),
 }
+
+
+def opposed(x):
+    """A start of which most centroids get no row, the same for any part of the rows."""
+    return torch.cat([torch.eye(4, x.shape[1], dtype=x.dtype), -100 * torch.ones(5, x.shape[1], dtype=x.dtype)])
 
 
 def _one_of_two(rank, folder, sizes):
