@@ -189,13 +189,12 @@ def deepclusterv2_loss(scores, labels, temperature):
     """Cross entropy of every crop and the cluster of its image: mean over heads, crops and the labelled images.
 
     scores: (V, B, K) of each of H heads. labels: (H, B), -100 for an image without one, which counts for nothing; 0
-    where no image has one. Predictions that are uniform over the prototypes give the mean of ln K over heads.
+    where none has one. Uniform predictions give the mean of ln K over heads.
     """
     labelled = all_reduce((labels[0] >= 0).sum().to(scores[0].dtype)).clamp(min=1) / world_size()
-    total = sum(
-        F.cross_entropy(s.flatten(0, 1) / temperature, y.repeat(len(s)), reduction="sum") / len(s)
-        for s, y in zip(scores, labels, strict=True)
-    )
+    total = 0
+    for s, y in zip(scores, labels, strict=True):
+        total = total + F.cross_entropy(s.flatten(0, 1) / temperature, y.repeat(len(s)), reduction="sum") / len(s)
     return total / (len(scores) * labelled)
 
 

@@ -17,15 +17,15 @@ crops, 67.2 with 2x224. Ours: not run. Views and backbone.pt are of 160 pixels; 
 No code has been published. Known are these crops, epochs, batch and results, and what the authors say (issue 59 of
 facebookresearch/swav): DeepCluster-v2's code with labels by Sinkhorn-Knopp in place of k-means, and with prototypes
 that gradients train, as SwAV's. So projector, banks, 3 heads of 3000, new labels before every epoch, T, loss and LARS
-are that code's. Ours are: one label per image and lambda 25, as in SeLa; 10 iterations, which begin with smaller powers
+are that code's. Ours are: one label per image and lambda 25, as in SeLa; 9 iterations, which begin with smaller powers
 than lambda and extrapolate, so that a few are enough; prototypes frozen for one epoch, about as long as SwAV's.
 
 Crops come in groups: --crops 2 4 --sizes 160 96 --crop-min 0.08 0.05 --crop-max 1 0.14 is the default. --prototypes has
-one number per head. Cost at N = 1,281,167: banks of 2 x N x 128 numbers, 1.31 GB, on every GPU and in last.pt, and 31
-MB of labels; before the first epoch a forward pass of two crops; labels 3 x 11 x 0.98 TFLOP per epoch, shared by the
-processes and computed in chunks: the N x K matrix never exists.
-Small images (32 px; our choice): --image-size 32 --arch resnet18 --batch-size 256. Short runs want --color-strength 0.5
---crop-min 0.2 --lr 3 and 100 to 500 prototypes.
+one number per head. Small images (32 px; our choice): --image-size 32 --arch resnet18 --batch-size 256. Short runs want
+--color-strength 0.5 --crop-min 0.2 --lr 3 and 100 to 500 prototypes.
+Cost at N = 1,281,167: banks of 2 x N x 128 numbers, 1.31 GB, on every GPU and in last.pt, and 31 MB of labels; before
+the first epoch a forward pass of two crops; labels 3 x 10 x 0.98 TFLOP per epoch, shared by the processes and computed
+in chunks: the N x K matrix never exists.
 
 Deviations from DeepCluster-v2's code, beside the labels: banks are the same on all processes, whose number may change;
 the mean of the loss is over the labelled images of the global batch (there: of each GPU), and 0 without any; batch-norm
@@ -54,7 +54,7 @@ from common.networks import network
 from common.optim import LARS, cosine, upcast
 from common.run import Run
 
-CHUNK = {"cpu": 2**20, "cuda": 2**26}  # scores of rows and prototypes that exist at a time while labels are found
+CHUNK = {"cpu": 2**19, "cuda": 2**26}  # scores of rows and prototypes that exist at a time while labels are found
 
 
 # -------------------------------------------------------------------------------------------------- arguments
@@ -85,10 +85,8 @@ def parse_args(argv=None):
     group.add_argument(
         "--lambd", type=positive(float, high=1e4), default=25.0, help="lambda: the larger, the more even the labels"
     )
-    group.add_argument("--iterations", type=positive(int), default=10, help="of Sinkhorn-Knopp")
-    group.add_argument(
-        "--freeze-steps", type=at_least(0), help="first steps with fixed prototypes (default: one epoch)"
-    )
+    group.add_argument("--iterations", type=positive(int), default=9, help="of Sinkhorn-Knopp")
+    group.add_argument("--freeze-steps", type=at_least(0), help="steps with fixed prototypes (default: one epoch)")
     group.add_argument("--epochs", type=positive(int), default=400)
     group.add_argument("--warmup-epochs", type=at_least(0), default=10)
     group.add_argument(
@@ -204,20 +202,24 @@ def sinkhorn_labels(z, prototypes, temperature, lambd, iterations):
     """Labels (n,) of this process's rows z (n, D) under equal use of all prototypes (K, D) over all processes.
 
     One pass over the rows per iteration, in chunks: rows of P^p, scaled by b, are a softmax, and what its columns lack
-    corrects beta = ln(b) / p. Two means to need few of them: p rises from lambda^(2 / iterations) to lambda in the
-    first half, as the plan of a smaller power is soon found, and near that of the next (epsilon scaling: Schmitzer
-    2019); then corrections are extrapolated from the last two (Anderson 1965).
+    corrects beta = ln(b) / p. Two means to need few passes: p rises from lambda^(2 / iterations) to lambda in the first
+    half, as the plan of a smaller power is soon found, and near that of the next (epsilon scaling: Schmitzer 2019);
+    then corrections are extrapolated from the last two (Anderson 1965).
     """
     weight, beta, last = prototypes.T / temperature, z.new_zeros(len(prototypes)), None
-    parts, tiny = z.split(max(1, CHUNK.get(z.device.type, 2**24) // len(prototypes))), torch.finfo(z.dtype).tiny
+    parts = z.split(max(1, CHUNK.get(z.device.type, 2**24) // len(prototypes)))
+    scores, shares = z.new_empty(2, len(parts[0]), len(prototypes))  # for all chunks
     for i in range(iterations):
         p = lambd ** min(1.0, 2 * (i + 1) / iterations)
-        used = sum(torch.softmax(torch.addmm(p * beta, part, p * weight), 1).sum(0) for part in parts)
-        used = all_reduce(used).clamp(min=tiny)  # images per prototype
-        move = step = -torch.log(used / used.mean()) / p
+        used, bias, scaled = torch.zeros_like(beta), p * beta, p * weight
+        for part in parts:
+            logits = torch.addmm(bias, part, scaled, out=scores[: len(part)])
+            used += torch.softmax(logits, 1, out=shares[: len(part)]).sum(0)
+        used = all_reduce(used).clamp(min=1e-30)  # images per prototype
+        move = step = (used.mean() / used).log() / p
         if last is not None:
             there, change = beta - last[0], move - last[1]
-            step = move - (change @ move) / (change @ change).clamp(min=tiny) * (there + change)
+            step = move - (change @ move) / (change @ change).clamp(min=1e-30) * (there + change)
         last = (beta, move) if p == lambd else None
         beta = beta + step
     return torch.cat([torch.addmm(beta, part, weight).argmax(1) for part in parts])
@@ -227,13 +229,12 @@ def selav2_loss(scores, labels, temperature):
     """Cross entropy of every crop and the cluster of its image: mean over heads, crops and the labelled images.
 
     scores: (V, B, K) of each of H heads. labels: (H, B), -100 for an image without one, which counts for nothing; 0
-    where no image has one. Predictions that are uniform over the prototypes give the mean of ln K over heads.
+    where none has one. Uniform predictions give the mean of ln K over heads.
     """
     labelled = all_reduce((labels[0] >= 0).sum().to(scores[0].dtype)).clamp(min=1) / world_size()
-    total = sum(
-        F.cross_entropy(s.flatten(0, 1) / temperature, y.repeat(len(s)), reduction="sum") / len(s)
-        for s, y in zip(scores, labels, strict=True)
-    )
+    total = 0
+    for s, y in zip(scores, labels, strict=True):
+        total = total + F.cross_entropy(s.flatten(0, 1) / temperature, y.repeat(len(s)), reduction="sum") / len(s)
     return total / (len(scores) * labelled)
 
 
