@@ -29,6 +29,7 @@ JOBS = {  # name of the log: (flags, after the script where it has another name;
     "launch": ("", "the loop launches at least 60 % as fast beside the loading process as alone"),
     "relative_loc": ("", "nine patches at least 1.6x eight pairs"),
     "densecl": ("", "a step at most 1.5x moco.py's"),
+    "hog": ("--cpu-time", "HOG at least 20x scikit-image; masks at most 50 us per image"),
     "interclr": (
         "",
         "sampling at most 20 % of a step with N = 50,000; compared with the usual form, also at ImageNet's N",
