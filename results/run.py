@@ -39,6 +39,7 @@ RECIPES = {  # by name of the script, with more behind a hyphen where it has sev
     "densecl": "--lr 0.12 --weight-decay 5e-4 --crop-min 0.2 --queue 4096 --key-momentum 0.99",
     "interclr": "--lr 0.12 --weight-decay 5e-4 --crop-min 0.2 --queue 4096 --clusters 50",
     "barlowtwins": "--dim 512 --lambd 0.005 --warmup-epochs 1 --lr 1 --lr-biases 0.024 --crop-min 0.08",
+    "vicreg": "--dim 512 --warmup-epochs 1 --lr 1 --crop-min 0.08",
     "swav": "--prototypes 256 --epsilon 0.03 --color-strength 0.5 --crop-min 0.2 --lr 3 --warmup-epochs 1",
     "deepclusterv2": "--prototypes 256 256 256 --color-strength 0.5 --crop-min 0.2 --lr 3 --warmup-epochs 1",
     "selav2": "--prototypes 256 256 256 --color-strength 0.5 --crop-min 0.2 --lr 3 --warmup-epochs 1",

@@ -1,5 +1,6 @@
 """What several test files share: the scripts, tiny flags for each, ways to run them, numbers and images."""
 
+import concurrent.futures
 import difflib
 import importlib
 import io
@@ -8,6 +9,7 @@ import os
 import struct
 import subprocess
 import sys
+import threading
 import zlib
 from pathlib import Path
 
@@ -25,6 +27,7 @@ SCRIPTS = {
     "simclr": ["--dim", "16"],
     "simclrv2": ["--dim", "16", "--memory", "40"],
     "barlowtwins": ["--hidden-dim", "32", "--dim", "16"],
+    "vicreg": ["--hidden-dim", "32", "--dim", "16"],
     "byol": ["--dim", "16", "--hidden-dim", "32"],
     "moco": ["--dim", "16", "--queue", "40"],
     "moco_ft": ["--dim", "16", "--queue", "40"],
@@ -45,6 +48,7 @@ SCRIPTS = {
     "rotation_pred": [],
     "relative_loc": ["--hidden-dim", "32", "--image-size", "32"],
     "dino": "--arch vit_tiny --width 0.125 --local-crops 2 --out-dim 24 --hidden-dim 16 --bottleneck-dim 8".split(),
+    "simdino": "--arch vit_tiny --width 0.125 --local-crops 2 --out-dim 8 --hidden-dim 16".split(),
     "esvit": "--arch swin_tiny --width 0.125 --local-crops 2 --out-dim 24 --hidden-dim 16 --bottleneck-dim 8".split(),
     "mae": "--arch vit_tiny --width 0.25 --depth 2 --decoder-dim 16 --decoder-depth 1 --decoder-heads 2".split(),
     "simmim": "--arch vit_tiny --width 0.25 --depth 2".split(),
@@ -136,6 +140,37 @@ def refused(capsys, function, *args, **kwargs):
     message = capsys.readouterr().err
     assert code == 2 and message.startswith("error: ") and message.count("\n") == 1, message
     return message
+
+
+def as_processes(monkeypatch, module, function, *parts):
+    """[function(*part) for part in parts], each on a process of its own as far as the collectives of `module` tell.
+
+    Threads play the processes: what one hands to a collective is joined with what the others do, with gradient. So the
+    gradient of the mean of losses is what DistributedDataParallel's average is with those of common/distributed.py.
+    """
+    count, own, given = len(parts), threading.local(), {}
+    barrier = threading.Barrier(count, timeout=60)
+
+    def collective(join):
+        def of_all(tensor):
+            given[own.rank] = tensor
+            barrier.wait()
+            tensors = [given[i] for i in range(count)]
+            barrier.wait()
+            return join(tensors)
+
+        return of_all
+
+    def process(i):
+        own.rank = i
+        return function(*parts[i])
+
+    there = {"rank": lambda: own.rank, "world_size": lambda: count, "all_reduce": collective(sum)}
+    there |= {"gather": collective(torch.cat), "process_mean": collective(lambda all: sum(all).detach() / count)}
+    with monkeypatch.context() as patch, concurrent.futures.ThreadPoolExecutor(count) as threads:
+        for name in there.keys() & vars(module).keys():
+            patch.setattr(module, name, there[name])
+        return list(threads.map(process, range(count)))
 
 
 # ------------------------------------------------------------------------------------------------ what runs leave

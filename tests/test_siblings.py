@@ -16,6 +16,7 @@ import moco
 import mocov3
 import simclr
 import simsiam
+import vicreg
 from common.resnet import resnet
 from tests.helpers import EXACT, SMALL, main, pairs, parsed, refused, rows, state, train, unit
 
@@ -24,12 +25,13 @@ MODELS = {
     "simsiam": lambda: simsiam.SimSiam(resnet(*SMALL), dim=16, pred_dim=4),
     "simclr": lambda: simclr.SimCLR(resnet(*SMALL), dim=8),
     "barlowtwins": lambda: barlowtwins.BarlowTwins(resnet(*SMALL), hidden_dim=24, dim=10),
+    "vicreg": lambda: vicreg.VICReg(resnet(*SMALL), hidden_dim=24, dim=10),
     "byol": lambda: byol.BYOL(resnet(*SMALL), dim=8, hidden_dim=12),
     "moco": lambda: moco.MoCo(resnet(*SMALL), dim=8, queue=24),
     "mocov3": lambda: mocov3.MoCoV3(resnet(*SMALL), dim=8, hidden_dim=12),
     "mocov3-vit": lambda: mocov3.MoCoV3(mocov3.transformer("vit_tiny", 16, 0.25, 4, 2), dim=8, hidden_dim=12),
 }
-APART = ["simsiam", "barlowtwins", "byol", "mocov3", "mocov3-vit"]
+APART = ["simsiam", "barlowtwins", "vicreg", "byol", "mocov3", "mocov3-vit"]
 AVERAGED = [name for name in MODELS if name.startswith(("byol", "moco"))]
 MOMENTUM = {"byol": "--tau", "moco": "--key-momentum", "mocov3": "--key-momentum"}
 
@@ -49,6 +51,7 @@ LOSSES = {  # loss, inputs, how many of them, the first ones, are trained
     "simclr": (lambda a, b: simclr.nt_xent(a, b, 0.5), rows(2, 4, 3), 2),
     "byol": (byol.byol_loss, rows(4, 6, 5), 2),
     "barlowtwins": (lambda a, b: barlowtwins.barlow_twins_loss(a, b, 0.3), rows(2, 6, 4), 2),
+    "vicreg": (lambda a, b: vicreg.vicreg_loss(a, b, 3, 2, 0.5), rows(2, 6, 4), 2),
     "moco": (lambda q, k, queue: moco.info_nce(q, k, queue, 0.2), (unit(3, 8), unit(3, 8, seed=1), unit(9, 8)), 1),
     "mocov3": (lambda *x: mocov3.mocov3_loss(*x, 0.2), rows(4, 6, 5), 2),
 }
@@ -199,6 +202,8 @@ RECIPES = {
     "barlowtwins": {"lr": 0.2, "batch_size": 2048, "weight_decay": 1e-6, "epochs": 1000, "warmup_epochs": 10}
     | {"dim": 8192, "hidden_dim": 8192, "lambd": 0.0051, "lr_biases": 0.0048, "scale_loss": 1 / 16}
     | {"optimizer": "lars", "crop_min": 0.08},
+    "vicreg": {"lr": 0.2, "batch_size": 2048, "weight_decay": 1e-6, "epochs": 1000, "warmup_epochs": 10, "dim": 8192}
+    | {"hidden_dim": 8192, "sim_coeff": 25, "std_coeff": 25, "cov_coeff": 1, "crop_min": 0.08},
     "moco": MOCO | {"temperature": 0.2, "head": "mlp"},
     "moco --v1": MOCO | {"temperature": 0.07, "head": "linear"},
     "moco --v1 --head mlp --temperature 0.1": {"head": "mlp", "temperature": 0.1},
@@ -221,6 +226,7 @@ VIEWS = {  # settings of the page; how both views differ from those of MoCo v2; 
     "simclr 1.0": ({}, SIMCLR | {"jitter": (0.8, 0.8, 0.8, 0.2)}, {}),
     "byol": ({}, BYOL, SECOND),
     "barlowtwins": ({}, BYOL, SECOND),
+    "vicreg": ({}, BYOL, SECOND),
     "moco": ({}, {}, {}),
     "moco v1": ({"v1": True}, {"jitter": (0.4,) * 4, "jitter_p": 1.0, "gray_first": True, "blur_p": 0.0}, {}),
     "mocov3": ({}, BYOL | {"area": (0.2, 1.0), "interpolation": "bilinear"}, SECOND),
@@ -241,7 +247,7 @@ def test_views_follow_the_recipe(name):
     assert views == [view | small, view | second | small]
 
 
-@pytest.mark.parametrize("words", ["simclr", "byol", "byol --optimizer sgd", "barlowtwins", "mocov3"])
+@pytest.mark.parametrize("words", ["simclr", "byol", "byol --optimizer sgd", "barlowtwins", "vicreg", "mocov3"])
 def test_optimisers_decay_weights_only(words, tmp_path):
     script, *more = words.split()
     saved = train(script, tmp_path, *more, "--max-steps", 1, "--lr", 0.4, "--weight-decay", 0.003)
