@@ -17,8 +17,10 @@ layer, which the last.pt of npid.py holds: its published figure is theirs, with 
 Prints top-1 and top-5 for every feature and k, those of raw pixels for images of at most 64 pixels, and as its last
 line one JSON object, which is also written to eval_knn.json beside the checkpoint (or in --out). Its "knn" holds the
 figures by k; with --features, by feature and k. Of the best of them, per_class_knn.csv and confusion_knn.png beside it
-show single classes, and which are taken for which. Raw pixels are the same for every network of an image size: resized
-bilinearly, minus ImageNet's mean and divided by its deviation (0.5 and 0.25 unless there are three channels).
+show single classes, and which are taken for which. "spectrum" holds measures that need no labels, of the training
+images' features: RankMe (effective rank) and alpha-ReQ; compare only networks of one width by them. Raw pixels are the
+same for every network of an image size: resized bilinearly, minus ImageNet's mean and divided by its deviation (0.5 and
+0.25 unless there are three channels).
 """
 
 import common.interrupt  # noqa: F401 (before torch)
@@ -34,7 +36,7 @@ from common.checkpoint import default_statistics, load_file, load_pretrained
 from common.classes import by_class
 from common.datasets import open_labelled
 from common.distributed import print0
-from common.features import Features, broken_rows, extract, usual_interpolation
+from common.features import Features, broken_rows, extract, spectrum, usual_interpolation
 from common.knn import knn
 from common.log import facts, report
 from common.optim import precision
@@ -111,13 +113,13 @@ def main(args):
         print0(f"note        --k {max(args.k)}: there are {len(train)} training images, all of which vote")
 
     def evaluate(model, view, names, dims):
-        """The table of all features, and (top-1, top-5, feature, k, targets, predictions) of the best figure."""
+        """The table of all features, (top-1, top-5, feature, k, targets, predictions) of the best one, and spectra."""
         how = (view, device, args.workers, args.batch_size, amp)
         bank, labels = extract(model, train, *how, replace=False)
         queries, targets = extract(model, test, *how, replace=False)
         if broken := broken_rows(bank, train, "training", amp) or broken_rows(queries, test, "test", amp):
             fail(f"--pretrained {args.pretrained}: {broken}")
-        table, best = {}, (-1,)
+        table, best, ranks = {}, (-1,), {}
         for name, x, q in zip(names, bank.split(dims, 1), queries.split(dims, 1), strict=True):
             voted = {}
             rows = knn(x, labels, q, targets, args.k, args.temperature, predictions=voted)
@@ -125,11 +127,14 @@ def main(args):
                 print0(f"{name:<11} k {k:<5} top-1 {top1:6.2f}   top-5 {top5:6.2f}")
                 best = max(best, (top1, top5, name, k, targets, voted[k]), key=lambda row: row[0])
             table[name] = {str(k): {"top1": round(t1, 3), "top5": round(t5, 3)} for k, (t1, t5) in rows.items()}
-        return table, best
+            ranks[name] = spectrum(x)
+            print0(f"{name:<11} " + "   ".join(f"{what} {value:.4g}" for what, value in ranks[name].items()))
+        return table, best, ranks
 
-    table, best = evaluate(model, view, model.names if args.features else ["features"], model.dims)
+    table, best, ranks = evaluate(model, view, model.names if args.features else ["features"], model.dims)
     result = facts(args, meta, train, test) | {"temperature": args.temperature, "interpolation": interpolation}
     result["knn"] = table if args.features else table["features"]
+    result["spectrum"] = ranks if args.features else ranks["features"]
     result["embedding"] = args.embedding
     if size <= 64:
         pixels = Pixels(size, meta["channels"])

@@ -140,7 +140,7 @@ class Parser(argparse.ArgumentParser):
         group.add_argument("--init", help="weights to start from, with a fresh schedule")
         self.add_loop(group)
         self._add_machine(group)
-        text = "epochs between k-NN accuracies (0: never)"
+        text = "epochs between looks at the features: k-NN accuracy, RankMe, alpha-ReQ (0: never)"
         group.add_argument("--knn-every", type=at_least(0), default=10, help=text)
 
     def add_pretrained(self, lists=True):

@@ -27,6 +27,11 @@ def pool_stage(x):
     return F.adaptive_avg_pool2d(x, max(1, min(side, math.isqrt(9216 // channels))))
 
 
+def has_class_token(backbone):
+    """Is it a ViT with one? Networks of other kinds keep theirs, if any, to themselves."""
+    return isinstance(backbone, ViT) and backbone.cls_token is not None
+
+
 @torch.no_grad()
 def features(backbone, x, kinds, amp):
     """{kind: list of tensors (B, ...)} of at least single precision, from one forward pass."""
@@ -41,7 +46,7 @@ def features(backbone, x, kinds, amp):
             return found
         if "pool" in kinds:
             found["pool"] = [upcast(backbone(x))]
-        if "blocks" in kinds and not isinstance(backbone, ViT):  # Li et al. 2022: the mean of each of the last 4 blocks
+        if "blocks" in kinds and not has_class_token(backbone):  # Li et al. 2022: the mean of each of the last 4 blocks
             found["blocks"] = [torch.cat([upcast(t).mean(1) for t in backbone.last(x, 4)], 1)]
         elif kinds & {"cls", "blocks"}:
             several = backbone.dim < 768  # Caron et al. 2021: ViT-S, and smaller; else ViT-B
@@ -88,11 +93,33 @@ def effective_rank(z, center=False):
     return (-(p * p.log()).sum()).exp()
 
 
+def spectrum_slope(z):
+    """alpha of an eigenvalue ~ rank^-alpha of the covariance of rows z (N, D), by least squares over the ranks from
+    D / 20 to D / 2 (alpha-ReQ, Agrawal et al. 2022, who fit it in a middle range, too). 1: variance is spread over all
+    scales; far above: few dimensions hold it; 0: noise. nan where fewer than three of these eigenvalues are not 0."""
+    values = singular_values(z, center=True).square().cpu()
+    values = values[values > 1e-10 * values[0]]  # the others are rounding
+    first, last = max(2, min(z.shape) // 20), min(min(z.shape) // 2, len(values))  # counted from 1
+    if last < first + 2:
+        return math.nan
+    x, y = torch.arange(first, last + 1, dtype=values.dtype).log(), values[first - 1 : last].log()
+    x = x - x.mean()
+    return -(x @ y / (x @ x)).item()
+
+
+def spectrum(z):
+    """{"rankme", "alpha"}: effective rank and slope of the spectrum of rows z (N, D), for a log: RankMe and alpha-ReQ.
+    N should be 10 D or more; alpha is left out where there are too few dimensions for it."""
+    slope = spectrum_slope(z)
+    return {"rankme": round(effective_rank(z).item(), 2)} | ({} if math.isnan(slope) else {"alpha": round(slope, 3)})
+
+
 class Features(nn.Module):
     """Several features of a backbone from one forward pass, side by side: (B, 3, H, W) -> (B, sum of dims).
 
     names (default: what the backbone returns): of a ResNet feat1 to feat5, the averages over the maps of its stages; of
-    a ViT cls, the class token after the final norm (which one of pool "mean" lacks), and mean, of the patch tokens.
+    a ViT cls, the class token after the final norm (which one of pool "mean" lacks), if any, and mean, of the patch
+    tokens.
     Others have what they return: mean of a Swin, cls of an XCiT, pool of a library's network.
     """
 
@@ -105,8 +132,8 @@ class Features(nn.Module):
             convs = [[m for m in stage.modules() if isinstance(m, nn.Conv2d)] for stage in stages]
             dims = [conv[-1].out_channels for conv in convs]
         elif isinstance(backbone, ViT):
-            kind, known, self.default = "a ViT", ["cls", "mean"], backbone.pool
-            dims = [backbone.dim] * 2
+            kind, known, self.default = "a ViT", ["cls", "mean"][1 - backbone.prefix :], backbone.pool
+            dims = [backbone.dim] * len(known)
         else:
             kind, self.default = getattr(backbone, "arch", type(backbone).__name__), getattr(backbone, "pool", "pool")
             known, dims = [self.default], [backbone.dim]
@@ -123,7 +150,7 @@ class Features(nn.Module):
             maps = self.backbone.stages(x)
             return torch.cat([maps[int(name[-1]) - 1].mean((2, 3)) for name in self.names], 1)
         tokens = self.backbone.tokens(x)
-        found = {"cls": tokens[:, 0], "mean": self.backbone.fc_norm(tokens[:, 1:].mean(1))}
+        found = {"cls": tokens[:, 0], "mean": self.backbone.fc_norm(tokens[:, self.backbone.prefix :].mean(1))}
         return torch.cat([found[name] for name in self.names], 1)
 
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from common.datasets import evenly_spaced, match_classes
 from common.distributed import all_reduce, gather_uneven, print0, rank, world_size
-from common.features import broken_rows, extract
+from common.features import broken_rows, extract, spectrum
 from common.folders import note
 from common.log import bar
 from common.optim import upcast
@@ -101,19 +101,28 @@ def knn(train, train_labels, test, test_labels, ks=(20,), temperature=0.07, chun
     return {k: tuple(row.tolist()) for k, row in zip(ks, correct, strict=True)}
 
 
-def knn_monitor(backbone, train, val, view, device, workers, amp):
-    """{"knn": top-1 in percent}, k = 20, at most 10,000 training and 2,000 validation samples; {} without labels, and
-    where features are not finite."""
-    if train.labels is None or val is None:
-        return {}
-    reason = "the validation images have no labels" if val.labels is None else match_classes(train, val)
-    if reason or (train.labels == train.labels[0]).all():
-        note(f"no k-NN accuracy: {reason or 'all training images are of one class'}")
-        return {}
-    sets = evenly_spaced(train, 10_000), evenly_spaced(val, 2_000)
+def monitor(backbone, train, val, view, device, workers, amp):
+    """What frozen features are like, of at most 10,000 training and 2,000 validation images.
+
+    {"rankme": their effective rank, "alpha": slope of their spectrum}, and with labels of both sets {"knn": top-1 in
+    percent}, k = 20. {} where features are not finite. Ranks are those of a network of this width: of no other one.
+    """
+    labelled = train.labels is not None and val is not None
+    if labelled:
+        reason = "the validation images have no labels" if val.labels is None else match_classes(train, val)
+        if reason or (train.labels == train.labels[0]).all():
+            note(f"no k-NN accuracy: {reason or 'all training images are of one class'}")
+            labelled = False
     how = {"workers": workers, "amp": amp, "replace": False}
-    (bank, labels), (queries, targets) = (extract(backbone, s, view, device, **how) for s in sets)
-    if broken := broken_rows(bank, sets[0], "training", amp) or broken_rows(queries, sets[1], "validation", amp):
+    images = evenly_spaced(train, 10_000)
+    bank, labels = extract(backbone, images, view, device, **how)
+    broken = broken_rows(bank, images, "training", amp)
+    if labelled and not broken:
+        images = evenly_spaced(val, 2_000)
+        queries, targets = extract(backbone, images, view, device, **how)
+        broken = broken_rows(queries, images, "validation", amp)
+    if broken:
         print0(f"note: no k-NN accuracy: {broken}")
         return {}
-    return {"knn": round(knn(bank, labels, queries, targets)[20][0], 2)}
+    found = {"knn": round(knn(bank, labels, queries, targets)[20][0], 2)} if labelled else {}
+    return found | spectrum(bank)

@@ -11,7 +11,7 @@ from common.batchnorm import sync_batch_norm
 from common.checkpoint import init_from, resume, run_state, save_file, save_run
 from common.datasets import open_dataset
 from common.distributed import end_processes, init_processes, parallel, process_mean
-from common.knn import knn_monitor
+from common.knn import monitor
 from common.loader import Loader, adapt_views
 from common.log import Logger, describe
 from common.optim import precision, upcast
@@ -82,17 +82,17 @@ class Run:
         return forward
 
     def epochs(self):
-        """Epochs, from the one in which the run stopped. After each comes the k-NN accuracy, every --knn-every. A
+        """Epochs, from the one in which the run stopped. After each comes `quality`, every --knn-every. A
         `break` of this loop ends the run without it; then call `close`."""
         every = 0 if self.name else self.args.knn_every
         if every and not self.resumed:
-            self.note(**self.knn())
+            self.note(**self.quality())
         for epoch in range(self.step // self.epoch_steps, self.args.epochs):
             if self.step >= self.last:
                 break
             yield epoch
             if every and self.epoch_done and ((epoch + 1) % every == 0 or epoch + 1 == self.args.epochs):
-                self.note(**self.knn())
+                self.note(**self.quality())
         self.close()
 
     def steps(self, epoch, order=None):
@@ -179,9 +179,9 @@ class Run:
             save_run(*state, self.export, self.view)
         self.saved = time.monotonic()
 
-    def knn(self):
-        """{"knn": accuracy} where there are labels."""
-        return knn_monitor(self.export, self.data, self.val, self.view, self.device, self.args.workers, self.amp)
+    def quality(self):
+        """What the backbone's features are like now: {"knn", "rankme", "alpha"}, without labels no "knn"."""
+        return monitor(self.export, self.data, self.val, self.view, self.device, self.args.workers, self.amp)
 
     def close(self):
         self.logger.close()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import directclr
-from common.features import effective_rank, singular_values
+from common.features import effective_rank, singular_values, spectrum, spectrum_slope
 from common.resnet import resnet
 from directclr import DirectCLR, channel_groups, directclr_loss
 from tests.helpers import EXACT, flags, main, records, refused, rows, train
@@ -60,6 +60,16 @@ def test_default_channels_are_the_papers_share(tmp_path, capsys):
 def test_too_many_channels_are_refused(tmp_path, capsys):
     words = flags("directclr", tmp_path, "--d0", 65)
     assert "--d0 65: the features have 64 channels" in refused(capsys, main, "directclr", *words)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.7, 1.5])
+def test_slope_of_a_known_spectrum(alpha):
+    """Centred orthonormal columns, times k^(-alpha / 2): the eigenvalues of their covariance fall as k^-alpha."""
+    z = torch.randn(300, 40, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    z = torch.linalg.qr(z - z.mean(0))[0] * torch.arange(1, 41, dtype=z.dtype) ** (-alpha / 2)
+    assert spectrum_slope(3 * z + 5) == pytest.approx(alpha, abs=1e-9)
+    assert spectrum(z)["alpha"] == pytest.approx(alpha, abs=1e-3)
+    assert math.isnan(spectrum_slope(torch.ones(9, 8))) and spectrum(torch.ones(9, 8)) == {"rankme": 1.0}
 
 
 def test_effective_rank_of_known_matrices():

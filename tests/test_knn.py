@@ -11,13 +11,13 @@ from sklearn.neighbors import KNeighborsClassifier
 import eval_knn
 from common.augment import EvalView
 from common.checkpoint import load_backbone
-from common.datasets import Fake, open_labelled
+from common.datasets import Fake, open_dataset, open_labelled
 from common.features import Features, broken_rows, extract
-from common.knn import knn, knn_monitor, nearest
+from common.knn import knn, monitor, nearest
 from common.loader import eval_batches
 from common.resnet import resnet
 from common.vit import vit
-from tests.helpers import SMALL, launch, logged, main, refused, rows, state, train, write_vit
+from tests.helpers import SMALL, launch, logged, main, refused, rows, state, train, write_images, write_vit
 
 
 # ---------------------------------------------------------------------------------------------------- features
@@ -255,9 +255,9 @@ def test_weights_that_are_not_finite_are_told(tmp_path, capsys):
 def test_monitor_gives_no_accuracy_of_features_that_are_not_finite(capsys):
     backbone = resnet(*SMALL)
     sets = Fake(40, 0, 16), Fake(20, 40, 16)
-    assert "knn" in knn_monitor(backbone, *sets, EvalView(16), "cpu", 0, None)
+    assert {"knn", "rankme"} <= monitor(backbone, *sets, EvalView(16), "cpu", 0, None).keys()
     backbone.bn1.weight.data.fill_(math.nan)
-    assert knn_monitor(backbone, *sets, EvalView(16), "cpu", 0, None) == {}
+    assert monitor(backbone, *sets, EvalView(16), "cpu", 0, None) == {}
     assert "no k-NN accuracy: the network's features of 40 of 40 training images" in capsys.readouterr().out
 
 
@@ -293,3 +293,10 @@ def test_embedding_is_that_of_the_linear_projector(tmp_path, capsys):
     assert (found["3"]["top1"], found["3"]["top5"]) == (round(top1, 3), round(top5, 3))
     words = [main, "eval_knn", "--pretrained", tmp_path / "backbone.pt", "--embedding", *words]
     assert "the last.pt of npid.py does" in refused(capsys, *words)
+
+
+def test_monitor_without_labels_gives_the_spectrum(tmp_path):
+    write_images(tmp_path, [f"{i}.png" for i in range(40)], size=(16, 16))
+    images = open_dataset(tmp_path, "train")
+    found = monitor(resnet(*SMALL), images, None, EvalView(16), "cpu", 0, None)
+    assert found.keys() == {"rankme", "alpha"} and 1 <= found["rankme"] <= 40

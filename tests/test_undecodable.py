@@ -11,7 +11,7 @@ from common import loader
 from common.augment import EvalView, View
 from common.datasets import open_dataset, open_labelled
 from common.features import extract
-from common.knn import knn_monitor
+from common.knn import monitor
 from common.loader import Loader, eval_batches
 from tests.helpers import command, encode, main, photo, write_images, write_voc
 
@@ -156,7 +156,7 @@ def test_the_monitor_leaves_them_out(sets):
     from common.resnet import resnet
 
     backbone = resnet("resnet18", 0.125, 16)
-    found = [knn_monitor(backbone, *open_labelled(p), EvalView(16), "cpu", 0, None) for p in sets]
+    found = [monitor(backbone, *open_labelled(p), EvalView(16), "cpu", 0, None) for p in sets]
     assert found[0] == found[1] and found[0]["knn"] % 10 == 0  # of ten images
 
 
