@@ -72,7 +72,7 @@ from common.classes import by_class, class_names
 from common.classifier import Classifier, save_classifier
 from common.datasets import open_labelled
 from common.distributed import all_reduce, any_process, gather_uneven, print0, process_mean, rank, world_size
-from common.features import broken_rows, extract, features, usual_interpolation
+from common.features import broken_rows, extract, features, has_class_token, usual_interpolation
 from common.files import make_folder, result_folder
 from common.loader import Loader, agree_on_undecodable, eval_batches
 from common.log import Stop, bar, facts, report
@@ -131,9 +131,10 @@ AUTO = {
     "moco": "moco", "mocoft": "moco", "featuretransformation": "moco", "densecl": "moco", "interclr": "moco",
     "simsiam": "simsiam", "simclr": "simclr", "simclrv2": "simclr", "byol": "byol", "swav": "swav",
     "barlowtwins": "barlow", "vicreg": "barlow", "directclr": "barlow", "mocov3": "mocov3", "obow": "obow",
-    "mae": "mae", "cae": "mae", "maskfeat": "mae", "simmim": "mae", "dino": "dino", "esvit": "dino",
+    "mae": "mae", "cae": "mae", "maskfeat": "mae", "simmim": "mae", "ijepa": "mae", "dino": "dino", "esvit": "dino",
     "deepclusterv2": "swav", "selav2": "swav", "npid": "multihead", "deepcluster": "multihead", "odc": "multihead",
     "rotationpred": "multihead", "relativeloc": "multihead", "protoclr": "swav", "pixpro": "moco", "scan": "simclr",
+    "lejepa": "dino", "nnclr": "simclr",
 }
 # fmt: on
 SMALL = 100_000  # training images, below which auto takes the protocol for small sets
@@ -169,7 +170,7 @@ def adapt(name, backbone, epochs=0, batch=0, drops=()):
         protocol = dataclasses.replace(protocol, epochs=50)
     if protocol.feature == "stages" and not hasattr(backbone, "stages"):
         fail(f"--protocol {name} reads the five stages of a ResNet, which this backbone is not")
-    if {"cls": not is_vit, "blocks": not hasattr(backbone, "last")}.get(protocol.feature):
+    if {"cls": not has_class_token(backbone), "blocks": not hasattr(backbone, "last")}.get(protocol.feature):
         protocol = dataclasses.replace(protocol, feature="pool")
     if epochs:
         share = epochs / protocol.epochs

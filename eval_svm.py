@@ -127,7 +127,7 @@ class Levels(nn.Module):
         if not isinstance(self.backbone, ViT):
             return {self.backbone.pool: self.backbone(x)}
         tokens = self.backbone.tokens(x)
-        mean = {"mean": self.backbone.fc_norm(tokens[:, 1:].mean(1))}
+        mean = {"mean": self.backbone.fc_norm(tokens[:, self.backbone.prefix :].mean(1))}
         return {"cls": tokens[:, 0], **mean} if self.backbone.pool == "cls" else mean  # else it was never trained
 
     def forward(self, x):

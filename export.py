@@ -125,7 +125,7 @@ def convert(backbone, meta, target):
     if weights.pop("input_filter", None) is not None:
         fail(f"--to {target}: this network reads filtered images, which no other library does by itself; try --to pt2")
     if target == "torchvision" and is_vit:
-        if any(re.search(r"\.ls\d\.|fc_norm", name) for name in weights):
+        if backbone.pool == "mean" or any(re.search(r"\.ls\d\.|fc_norm", name) for name in weights):
             fail("--to torchvision: its ViT has neither layer scale nor mean pooling; use --to timm")
         weights = rename(weights, TORCHVISION_VIT)
     if target == "detectron2":
@@ -207,6 +207,8 @@ def network_lines(backbone, meta, target, weights):
         ratio = hidden / dim if int(dim * (hidden / dim)) == hidden else (hidden + 0.5) / dim
         shape |= {"num_heads": backbone.heads, "mlp_ratio": ratio}
         shape |= {"init_values": 1e-5} if "blocks.0.ls1.gamma" in weights else {}
+        shape |= {} if backbone.prefix else {"class_token": False}
+        shape |= {"fc_norm": False} if backbone.pool == "mean" and "norm.weight" in weights else {}
         return [f"network = timm.models.VisionTransformer({', '.join(f'{k}={v!r}' for k, v in shape.items())})"]
     if meta["width"] != 1:
         return []

@@ -54,7 +54,7 @@ from common.checkpoint import MAKERS, load_pretrained
 from common.classes import class_names
 from common.datasets import Subset, open_split
 from common.distributed import end_processes, is_main, print0
-from common.features import Features, effective_rank, extract, singular_values, usual_interpolation
+from common.features import Features, effective_rank, extract, has_class_token, singular_values, usual_interpolation
 from common.files import atomic, make_folder, result_folder
 from common.images import BadImage, to_tensor
 from common.knn import nearest
@@ -431,7 +431,7 @@ def main(args):
     device = start_device(args)
     backbone, meta = load_pretrained(args)
     amp, _, dtype = precision(args.precision, device)
-    if args.attention and not isinstance(backbone, (ViT, XCiT)):
+    if args.attention and not (has_class_token(backbone) or isinstance(backbone, XCiT)):
         fail(f"--attention: {meta['arch']} has no class token that attends to patches: it is for ViTs and XCiTs")
     model = Features(backbone, args.features).to(device, dtype, memory_format=torch.channels_last)
     how = {"interpolation": usual_interpolation(backbone), "mean": tuple(meta["mean"]), "std": tuple(meta["std"])}

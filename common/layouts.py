@@ -7,6 +7,7 @@ width and stem are then read from the shapes. Whether all of this was right is d
 checkpoint.py, not here.
 """
 
+import math
 import re
 from typing import NamedTuple
 
@@ -52,6 +53,7 @@ LAYOUTS = (
     Layout("DINOv2", r"teacher\.backbone\.", "dino_head\\."),
     Layout("EsViT", r"teacher\.(backbone\.)?", "head_dense\\.", eps=1e-6),
     Layout("DINO", r"teacher\.backbone\."),
+    Layout("I-JEPA", r"target_encoder\.", "predictor", heads=(1408, 16)),
     Layout("EsViT", r"teacher\.", "head\\.", eps=1e-6),
     Layout("CAE", r"model\.encoder\.", r"(alignment_encoder|teacher)\.", heads=(384, 12)),
     Layout("SimMIM", r"model\.encoder\.", r"decoder\.0\."),
@@ -320,13 +322,14 @@ def vit_shape(weights, heads=(), arch=None):
     dim = shaped(weights, "cls_token", 1, 1, 768).shape[2]
     proj = shaped(weights, "patch_embed.proj.weight", dim, 3, 16, 16)
     table = shaped(weights, "pos_embed", 1, 197, len(proj))
+    first = 0 if "cls_token" not in weights and math.isqrt(table.shape[1]) ** 2 == table.shape[1] else 1
     dim, patch = len(proj), proj.shape[-1]
     name = next((name for name, row in vit.ARCHS.items() if row[0] == dim), arch if arch in vit.ARCHS else "vit_tiny")
     usual = None if dim % 64 else dim // 64
     if name == arch or vit.ARCHS[name][0] == dim:
         usual = vit.ARCHS[name][2]
-    side = round((table.shape[1] - 1) ** 0.5)
-    positions = _positions(table, dim, side)
+    side = round((table.shape[1] - first) ** 0.5)
+    positions = _positions(table[:, first:], dim, side)
     tables = {"block": f"blocks.0.attn.{vit.TABLE}", "shared": f"rel_pos_bias.{vit.TABLE}"}
     relative = next((kind for kind, name in tables.items() if name in weights), "none")
     bias = shaped(weights, tables.get(relative), 0, 0)
@@ -340,16 +343,16 @@ def vit_shape(weights, heads=(), arch=None):
     depth = len({k.split(".")[1] for k in weights if k.startswith("blocks.")})
     told = {"arch": name, "width": dim / vit.ARCHS[name][0], "image_size": max(1, side) * patch, "patch_size": patch}
     told |= {"channels": proj.shape[1], "depth": depth, "heads": usual, "positions": positions}
-    told["relative"] = relative
-    told["pool"] = "mean" if "fc_norm.weight" in weights and "norm.weight" not in weights else "cls"
+    told |= {"relative": relative, "class_token": first == 1, "pool": "cls" if first else "norm-mean"}
+    told |= {"pool": "mean"} if "fc_norm.weight" in weights and "norm.weight" not in weights else {}
     # the ratio is rounded down after multiplying with dim; the values of the scale are in the file, this asks for them
     return told | {"mlp_ratio": (hidden + 0.5) / dim, "layer_scale": float("blocks.0.ls1.gamma" in weights)}
 
 
 def _positions(table, dim, side):
-    """Which of the two fixed position tables this is; "learned" if neither."""
-    for order in ("xy", "yx") if table.shape[1:] == (1 + side * side, dim) and dim % 4 == 0 else ():
-        if torch.allclose(table[0, 1:].double(), vit.sincos(dim, (side, side), order), atol=1e-3):
+    """Which of the two fixed position tables of patches this is; "learned" if neither."""
+    for order in ("xy", "yx") if table.shape[1:] == (side * side, dim) and dim % 4 == 0 else ():
+        if torch.allclose(table[0].double(), vit.sincos(dim, (side, side), order), atol=1e-3):
             return f"sincos-{order}"
     return "learned"
 
@@ -384,6 +387,7 @@ REASONS = {
     "depths": "the file has {0} blocks in its stages, this model {1}",
     "window": "the file has windows of {0} in its stages, this model of {1}: --window",
     "pool": "the file pools by {0}, this model by {1}",
+    "class_token": "only one of the two has a class token",
     "relative": "the file has relative positions: {0}, this model: {1}",
     "layer_scale": "only one of the two scales its layers",
     "filtered": "only one of the two sees the images through a fixed filter (input_filter)",

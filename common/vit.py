@@ -40,16 +40,17 @@ def sincos(dim, grid, order="xy"):
 
 
 def resize_positions(table, old, new):
-    """Positions (1, 1 + rows * columns, dim) of a grid `old`, the class token's first, for a grid `new`: bicubic.
+    """Positions (1, 1 + rows * columns, dim) of a grid `old`, any class token's first, for a grid `new`: bicubic.
 
     Some projects scale by (new + 0.1) / old, which shifts what is read a little: with their weights, features of images
     of another size differ from theirs by some thousandths.
     """
     if tuple(old) == tuple(new):
         return table
-    maps = table[:, 1:].reshape(1, *old, -1).permute(0, 3, 1, 2)
+    first = table.shape[1] - old[0] * old[1]
+    maps = table[:, first:].reshape(1, *old, -1).permute(0, 3, 1, 2)
     maps = F.interpolate(maps, tuple(new), mode="bicubic", align_corners=False)
-    return torch.cat([table[:, :1], maps.permute(0, 2, 3, 1).flatten(1, 2)], 1)
+    return torch.cat([table[:, :first], maps.permute(0, 2, 3, 1).flatten(1, 2)], 1)
 
 
 def kept(function):
@@ -118,8 +119,9 @@ def fit_positions(weights, grid):
     fitted, was = dict(weights), None
     for name, table in weights.items():
         if name == "pos_embed" and table.ndim == 3:
-            side = round((table.shape[1] - 1) ** 0.5)
-            resize = resize_positions if table.shape[1] == 1 + side * side else None
+            side = math.isqrt(table.shape[1])
+            fits = table.shape[1] - side * side in (0, 1)  # without class token, with it
+            resize = resize_positions if fits else None
         elif name.endswith(TABLE) and table.ndim == 2:
             side = table_side(table)
             resize = resize_table if len(table) == (2 * side - 1) ** 2 + 3 else None
@@ -210,7 +212,8 @@ class ViT(nn.Module):
     image_size: pixels, or (height, width), of the positions; other sizes interpolate them. positions: "sincos-xy" or
     "sincos-yx" (fixed, see `sincos`), "learned" or "none". relative: relative positions "none", of each "block", or
     "shared" by all blocks, which start at zero. pool: "cls" takes the class token after the final norm, "mean" the mean
-    of the patch tokens, which then passes a norm of its own instead (as timm does). block: see `Block`.
+    of the patch tokens, which then passes a norm of its own instead (as timm does), "norm-mean" the mean of the patch
+    tokens after the final norm. class_token: False leaves it out, and its position. block: see `Block`.
     checkpointing (an attribute): the backward pass recomputes the blocks instead of storing their insides.
     """
 
@@ -225,20 +228,25 @@ class ViT(nn.Module):
         pool="cls",
         channels=3,
         relative="none",
+        class_token=True,
         **block,
     ):
         super().__init__()
-        self.dim, self.heads, self.patch_size, self.pool, self.checkpointing = dim, heads, patch_size, pool, False
+        if pool == "cls" and not class_token:
+            raise ValueError("pool cls takes the class token, and there is none: mean or norm-mean")
+        self.dim, self.heads, self.patch_size, self.checkpointing = dim, heads, patch_size, False
+        self.pool = pool.removeprefix("norm-")  # of which tokens features are made
+        self.prefix = int(class_token)  # tokens before those of the patches
         self.embed_dim, self.stride = dim, patch_size
         height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         self.grid = (height // patch_size, width // patch_size)
         self.patch_embed = PatchEmbed(patch_size, dim, channels)
-        self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
-        table = torch.zeros(1, 1 + self.grid[0] * self.grid[1], dim)
+        self.register_parameter("cls_token", nn.Parameter(torch.empty(1, 1, dim)) if class_token else None)
+        table = torch.zeros(1, self.prefix + self.grid[0] * self.grid[1], dim)
         if positions == "learned":
             nn.init.trunc_normal_(table, std=0.02)
         elif positions != "none":  # the class token's position is zero
-            table[0, 1:] = sincos(dim, self.grid, positions.removeprefix("sincos-"))
+            table[0, self.prefix :] = sincos(dim, self.grid, positions.removeprefix("sincos-"))
         # a parameter in either case: it is part of the checkpoint, and fine-tuning may set it free
         table = None if positions == "none" else nn.Parameter(table, requires_grad=positions == "learned")
         self.register_parameter("pos_embed", table)
@@ -248,10 +256,11 @@ class ViT(nn.Module):
             self.rel_pos_bias = nn.ParameterDict({TABLE: torch.zeros(offsets, heads)})
         for block in self.blocks if relative == "block" else ():
             block.attn.register_parameter(TABLE, nn.Parameter(torch.zeros(offsets, heads)))
-        self.norm = nn.LayerNorm(dim, eps=1e-6) if pool == "cls" else nn.Identity()
+        self.norm = nn.LayerNorm(dim, eps=1e-6) if pool != "mean" else nn.Identity()
         self.fc_norm = nn.LayerNorm(dim, eps=1e-6) if pool == "mean" else nn.Identity()
         initialise(self)
-        nn.init.normal_(self.cls_token, std=0.02)
+        if class_token:
+            nn.init.normal_(self.cls_token, std=0.02)
 
     @property
     def draws(self):
@@ -260,7 +269,8 @@ class ViT(nn.Module):
 
     def unshare(self):
         """Gives every block relative positions of its own: a copy of the shared ones; zeros if there were none."""
-        zeros = self.cls_token.new_zeros((2 * self.grid[0] - 1) * (2 * self.grid[1] - 1) + 3, self.heads)
+        offsets = (2 * self.grid[0] - 1) * (2 * self.grid[1] - 1) + 3
+        zeros = self.patch_embed.proj.weight.new_zeros(offsets, self.heads)
         table = self.rel_pos_bias[TABLE].detach() if self.relative == "shared" else zeros
         for block in self.blocks if self.relative != "block" else ():
             block.attn.register_parameter(TABLE, nn.Parameter(table.clone()))
@@ -273,22 +283,25 @@ class ViT(nn.Module):
         return x.shape[2] // self.patch_size, x.shape[3] // self.patch_size
 
     def embed(self, x, mask=None, token=None):
-        """Patch tokens with their positions (B, L, dim), and the position of the class token (1, 1, dim). mask: (B, L),
-        1 where the vector `token` (1, 1, dim) stands in place of an embedded patch."""
+        """Patch tokens with their positions (B, L, dim), and the position of the class token (1, 1, dim), (1, 0, dim)
+        if there is none. mask: (B, L), 1 where the vector `token` (1, 1, dim) stands in place of an embedded patch."""
         grid, x = self.grid_of(x), self.patch_embed(x)
         if mask is not None:
             x = torch.where(mask[:, :, None] > 0, token, x)
         if self.pos_embed is None:
-            return x, torch.zeros_like(self.cls_token)
+            return x, x.new_zeros(1, self.prefix, self.dim)
         positions = resize_positions(self.pos_embed, self.grid, grid)
-        return x + positions[:, 1:], positions[:, :1]
+        return x + positions[:, self.prefix :], positions[:, : self.prefix]
 
     def biases(self, grid):
         """What each block adds to the logits of its attention (see `relative_bias`), or None: a list."""
+        own = slice(1 - self.prefix, None)  # without class token its row and column drop out
         if self.relative == "block":
-            return [relative_bias(getattr(block.attn, TABLE), self.grid, grid) for block in self.blocks]
-        shared = self.relative == "shared"
-        return [relative_bias(self.rel_pos_bias[TABLE], self.grid, grid) if shared else None] * len(self.blocks)
+            tables = (getattr(block.attn, TABLE) for block in self.blocks)
+            return [relative_bias(table, self.grid, grid)[:, own, own] for table in tables]
+        if self.relative == "none":
+            return [None] * len(self.blocks)
+        return [relative_bias(self.rel_pos_bias[TABLE], self.grid, grid)[:, own, own]] * len(self.blocks)
 
     def _enter(self, x, keep=None, mask=None, token=None):
         """What the first block gets: the class token and the patches (those of `keep`), with their positions."""
@@ -297,10 +310,12 @@ class ViT(nn.Module):
             if self.relative != "none":
                 raise ValueError("relative positions are for whole grids: patches cannot be left out")
             x = x.gather(1, keep[:, :, None].expand(-1, -1, x.shape[2]))
+        if self.cls_token is None:
+            return x
         return torch.cat([(self.cls_token + position).expand(x.shape[0], -1, -1), x], 1)
 
     def last(self, x, n=1, keep=None, paths=None, mask=None, token=None):
-        """Tokens after each of the last n blocks and the final norm: a list of (B, 1 + L, dim), class token first.
+        """Tokens after each of the last n blocks and the final norm: a list of (B, 1 + L, dim), any class token first.
         keep: (B, K) indices of the patches that enter the blocks, in this order (default: all). paths: path_factors.
         mask, token: see `embed`."""
         biases, outputs = self.biases(self.grid_of(x)), []
@@ -328,19 +343,23 @@ class ViT(nn.Module):
 
     def maps(self, x, paths=None, mask=None, token=None):
         """The patch tokens of `tokens` in their places: (B, dim, H/P, W/P)."""
-        return self.tokens(x, None, paths, mask, token)[:, 1:].mT.unflatten(2, self.grid_of(x))
+        return self.tokens(x, None, paths, mask, token)[:, self.prefix :].mT.unflatten(2, self.grid_of(x))
 
     def forward(self, x, paths=None):
         x = self.tokens(x, paths=paths)
-        return x[:, 0] if self.pool == "cls" else self.fc_norm(x[:, 1:].mean(1))
+        return x[:, 0] if self.pool == "cls" else self.fc_norm(x[:, self.prefix :].mean(1))
 
 
-def initialise(module):
-    """Glorot-uniform weights and zero biases of linear layers and of the patch embedding, taken as one of them."""
+def initialise(module, std=None):
+    """Glorot-uniform weights, or normal ones of this deviation, and zero biases of linear layers and of the patch
+    embedding, taken as one of them."""
     for part in module.modules():
         if isinstance(part, (nn.Linear, PatchEmbed)):
             layer = part.proj if isinstance(part, PatchEmbed) else part
-            nn.init.xavier_uniform_(layer.weight.flatten(1))
+            if std is None:
+                nn.init.xavier_uniform_(layer.weight.flatten(1))
+            else:
+                nn.init.trunc_normal_(layer.weight, std=std)
             nn.init.zeros_(layer.bias)
 
 
@@ -363,6 +382,7 @@ def vit(
     positions="sincos-xy",
     pool="cls",
     relative="none",
+    class_token=True,
     **more,
 ):
     """A ViT by name. width multiplies its dimension; patch_size, depth and heads replace what the name stands for;
@@ -378,7 +398,9 @@ def vit(
     if size := next((size for size in sizes if size % patch_size or size < patch_size), None):
         near = " or ".join(str(n * patch_size) for n in (size // patch_size, size // patch_size + 1) if n)
         fail(f"--image-size {size} is not a multiple of the patch size {patch_size}: choose {near}, or --patch-size")
-    model = ViT(dim, depth, heads, patch_size, image_size, positions, pool, relative=relative, **more)
+    more |= {"relative": relative, "class_token": class_token}
+    model = ViT(dim, depth, heads, patch_size, image_size, positions, pool, **more)
     model.config = {"patch_size": patch_size, "depth": depth, "heads": heads, "positions": positions, "pool": pool}
     model.config["relative"] = relative
+    model.config |= {} if class_token else {"class_token": False}
     return model

@@ -461,6 +461,25 @@ def test_mean_pooling_and_layer_scale_show_in_the_names(tmp_path):
     assert meta["pool"] == "mean" and same(backbone, network)
 
 
+def test_a_network_without_class_token_shows_in_its_positions(tmp_path):
+    """As I-JEPA saves it: encoder, predictor and the moving average of the encoder, which is taken."""
+    network = lively(ViT(192, 2, 3, 8, 32, "sincos-xy", "norm-mean", class_token=False))
+    parts = {"encoder": changed(network.state_dict()), "target_encoder": network.state_dict()}
+    parts["predictor"] = head("predictor_blocks.0.attn.qkv.weight", "predictor_embed.weight", "mask_token")
+    state = {name: prefixed("module.", part) for name, part in parts.items()}
+    backbone, meta = loaded(tmp_path / "a.pth.tar", state | {"opt": {}, "scaler": None, "epoch": 300})
+    assert (meta["method"], meta["pool"], meta["class_token"]) == ("I-JEPA", "norm-mean", False)
+    assert same(backbone, network) and meta["positions"] == "sincos-xy"
+    larger, _ = load_backbone(tmp_path / "a.pth.tar", image_size=48)
+    assert larger.grid == (6, 6) and larger.pos_embed.shape == (1, 36, 192)
+    close(larger, network, LARGER, 1e-5)
+    del state["target_encoder"]
+    assert not same(loaded(tmp_path / "b.pth.tar", state)[0], network)
+    bare = {k: v for k, v in VIT.state_dict().items() if k != "cls_token"}
+    with pytest.raises(SystemExit):  # its positions are those of a network that has one
+        loaded(tmp_path / "c.pth", bare)
+
+
 def test_positions_of_another_grid_are_resized(tmp_path, capsys):
     """What the network does by itself with larger images."""
     torch.save({"model": VIT.state_dict()}, tmp_path / "a.pth")

@@ -159,6 +159,7 @@ NETWORKS = {
     "no first relu": lambda: without_relu(resnet("resnet18")),
     "vit": lambda: vit("vit_tiny", 32, 0.25, patch_size=8, depth=2, heads=2),
     "vit of means": lambda: vit("vit_tiny", 32, 0.25, 8, 2, positions="learned", pool="mean", layer_scale=0.1),
+    "bare vit": lambda: vit("vit_tiny", 32, 0.25, 8, 2, pool="norm-mean", class_token=False),
     "grey vit": lambda: vit("vit_tiny", 32, 0.25, patch_size=8, depth=2, channels=1),
     "relative": lambda: vit("vit_tiny", 32, 0.25, 8, 2, positions="none", relative="shared", layer_scale=0.1),
     "swin": lambda: swin("swin_tiny", 32, 0.25, depths=(1, 1, 1, 1)),
@@ -170,7 +171,17 @@ FORMATS = {  # what a file's name decides, and the names in torchvision and timm
     "pt2": ["narrow", "edges", "no first relu", "vit", "vit of means", "relative", "swin", "xcit", "library", "timm"],
     "onnx": ["narrow", "vit", "edges"],
     "torchvision": ["large stem", "small stem", "grey", "no first relu", "vit", "grey vit", "library"],
-    "timm": ["large stem", "small stem", "grey", "no first relu", "vit", "vit of means", "grey vit", "timm"],
+    "timm": [
+        "large stem",
+        "small stem",
+        "grey",
+        "no first relu",
+        "vit",
+        "vit of means",
+        "bare vit",
+        "grey vit",
+        "timm",
+    ],
     "safetensors": ["large stem"],
 }
 USED = [(target, name) for target, names in FORMATS.items() for name in names]

@@ -316,6 +316,43 @@ def test_class_token_or_mean_of_the_others():
     assert not [name for name in cls.state_dict() if name.startswith("fc_norm")]
 
 
+def test_without_class_token():
+    """No token and no position of one; features are the mean of the tokens after the final norm, or before a norm."""
+    x = rows(2, 3, 16, 16)
+    model, own = tiny(pool="norm-mean", class_token=False), tiny(pool="mean", class_token=False)
+    assert set(tiny().state_dict()) - set(model.state_dict()) == {"cls_token"} and model.pool == own.pool == "mean"
+    np.testing.assert_allclose(model.pos_embed[0].numpy(), slow_positions(24, (4, 4), "xy"), atol=1e-6)
+    tokens = model.tokens(x)
+    assert tokens.shape == (2, 16, 24) and torch.equal(model(x), tokens.mean(1))
+    bare = model.patch_embed(x) + model.pos_embed
+    for block in model.blocks:
+        bare = block(bare)
+    torch.testing.assert_close(tokens, model.norm(bare), atol=1e-12, rtol=0)
+    torch.testing.assert_close(own(x), own.fc_norm(bare.mean(1)), atol=1e-12, rtol=0)
+    keep = torch.tensor([[5, 0, 10], [1, 2, 3]])
+    changed = x.clone()
+    changed[0, :, :4, 4:8] += 3  # patch 1
+    assert torch.equal(model.tokens(x, keep)[0], model.tokens(changed, keep)[0])
+    assert torch.equal(model.maps(x)[1, :, 1, 2], tokens[1, 4 + 2]) and model.attention(x).shape == (2, 3, 16, 16)
+    assert model(rows(2, 3, 8, 24)).shape == (2, 24), "positions of another grid"
+    both = tiny(pool="norm-mean")
+    assert torch.equal(both(x), both.tokens(x)[:, 1:].mean(1)), "also beside a class token"
+    with pytest.raises(ValueError, match="pool cls"):
+        tiny(class_token=False)
+
+
+def test_relative_positions_without_class_token():
+    """The row and the column of the class token drop out."""
+    model, x = tiny(positions="none", pool="norm-mean", class_token=False), rows(2, 3, 16, 16)
+    before = model(x)
+    model.unshare()
+    torch.testing.assert_close(model(x), before, atol=1e-12, rtol=0)
+    table = model.blocks[1].attn.get_parameter(TABLE)
+    table.data.copy_(rows(52, 3))
+    expected = slow_bias(table.detach().numpy(), (4, 4))[:, 1:, 1:]
+    assert np.array_equal(model.biases((4, 4))[1].detach().numpy(), expected) and model(x).isfinite().all()
+
+
 def test_maps_are_the_patch_tokens_in_their_places():
     model, x = tiny(), rows(2, 3, 8, 16)
     maps, tokens = model.maps(x), model.tokens(x)
@@ -477,6 +514,9 @@ def test_initialisation_is_glorots():
     before = model.cls_token.clone()
     module.initialise(model)
     assert torch.equal(model.cls_token, before), "linear layers only"
+    module.initialise(model, std=0.02)
+    for layer in (model.blocks[0].attn.qkv, model.blocks[0].mlp.fc2, model.patch_embed.proj):
+        assert 0.019 < layer.weight.std() < 0.021 and layer.weight.abs().max() > 0.05 and not layer.bias.any()
 
 
 def test_by_name():
@@ -492,6 +532,10 @@ def test_by_name():
     again.load_state_dict(small.state_dict())
     x = rows(2, 3, 32, 32).float()
     assert torch.equal(again(x), small(x)), "name, width, size and config say all"
+    small = vit("vit_tiny", 32, width=0.25, depth=2, heads=2, pool="norm-mean", class_token=False)
+    again = vit("vit_tiny", 32, width=0.25, **small.config)
+    again.load_state_dict(small.state_dict())
+    assert torch.equal(again(x), small(x))
     small = vit("vit_tiny", 32, width=0.25, depth=2, heads=2, positions="none", relative="shared")
     again = vit("vit_tiny", 32, width=0.25, **small.config)
     again.load_state_dict(small.state_dict())
