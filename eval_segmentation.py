@@ -1,6 +1,6 @@
 """Semantic segmentation: an FCN is trained end to end on a pre-trained ResNet, or a linear head on frozen maps.
 
-    torchrun --nproc_per_node=4 eval_segmentation.py --pretrained runs/densecl/backbone.pt --data /VOCdevkit/VOC2012
+    torchrun --nproc_per_node=4 eval_segmentation.py --pretrained runs/densecl/backbone.pt --data /VOCdevkit
     torchrun --nproc_per_node=4 eval_segmentation.py --pretrained runs/densecl/backbone.pt --data /cityscapes
     python eval_segmentation.py --pretrained runs/mae/backbone.pt --data /CamVid --recipe linear --crop 128 --steps 500
 
@@ -44,17 +44,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
 from common import resnet, rng
 from common.args import Parser, at_least, below_one, fail, number, positive, probability, toggle
 from common.augment import OPERATORS, WholeView, to_device
 from common.checkpoint import load_pretrained
-from common.distributed import all_reduce, is_main, print0, rank
+from common.distributed import all_reduce, is_main, print0
 from common.files import result_folder
 from common.images import BadImage
 from common.loader import agree_on_undecodable, eval_share
-from common.log import facts, report
+from common.log import bar, facts, report
 from common.optim import upcast
 from common.pictures import save_views
 from common.run import Run
@@ -109,6 +108,8 @@ def parse_args(argv=None):
     run.add_argument("--max-bad", type=at_least(0), default=100, help="stop after this many undecodable images")
     run.add_argument("--val-every", type=at_least(0), default=0, help="steps between evaluations (0: at the end)")
     parser.add_loop(run)
+    data = next(action for action in parser._actions if action.dest == "data")
+    data.help = "folder of VOC2012, Cityscapes, or a set in VOC's layout"
     return parser.parse_args(argv)
 
 
@@ -378,18 +379,10 @@ def scores(matrix):
 
 def evaluate(run, test, args):
     """The confusion matrix of a set. Each process takes its share of the images; none is kept."""
-    classes, first_last = len(test.classes), eval_share(len(test), 1)
+    classes, (first, last) = len(test.classes), eval_share(len(test), 1)
     total = torch.zeros(classes, classes, dtype=torch.int64, device=run.device)
-    hidden = rank() > 0 or not sys.stderr.isatty()
-    samples = tqdm(
-        read_ahead(test, range(*first_last), args.workers),
-        "evaluation",
-        first_last[1] - first_last[0],
-        leave=False,
-        disable=hidden,
-    )
     run.model.eval()
-    for pair in samples:
+    for pair in bar(read_ahead(test, range(first, last), args.workers), "evaluation", last - first):
         predicted = predict(run, pair[:-1], args)
         total += confusion(to_device(pair[-1].long(), run.device), predicted, classes)
     run.model.train()

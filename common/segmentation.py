@@ -56,11 +56,11 @@ def read_mask(path, table):
     """The classes of the pixels of a mask, uint8 (H, W)."""
     try:
         with Image.open(path) as image:
-            mode, mask = image.mode, np.array(image)
+            mode, mask = image.mode, np.array(image) + 0  # of black and white ones, numbers
     except Exception as error:  # of a dozen kinds
         reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error}"
         raise BadMask(f"{path}: {reason}") from None
-    if mode not in ("P", "L", "I", "I;16"):
+    if mode not in ("1", "P", "L", "I", "I;16"):
         raise BadMask(f"{path}: holds colours ({mode}), expected numbers of classes: a palette or a grey PNG")
     known = table[mask.clip(0, 255)]
     wrong = (known < 0) | (mask != mask.clip(0, 255))
@@ -87,9 +87,12 @@ def open_cityscapes(root, split, channels):
 def open_voc(root, splits, channels, classes=None, but=()):
     """Lists of a set in VOC's layout as one, without the ids of `but`. classes: a file, or None for the set's own."""
     ids = list(dict.fromkeys(i for split in splits for i in read_ids(root, split, "Segmentation")))
-    kept = [i for i in ids if i not in set(but)]
+    but = set(but)
+    kept, named = [i for i in ids if i not in but], ", ".join(splits)
+    if not kept:
+        fail(f"--train-split: all images of {named} are test images; name the list to train on them")
     if len(kept) < len(ids):
-        print0(f"note        {len(ids) - len(kept)} images of {', '.join(splits)} are test images and left out")
+        print0(f"note        {len(ids) - len(kept)} images of {named} are test images and left out")
     file = Path(classes) if classes else root / "classes.txt"
     if file.is_file():
         names = [line.strip() for line in split_lines(read_text(file, file)) if line.strip()]
@@ -97,8 +100,8 @@ def open_voc(root, splits, channels, classes=None, but=()):
         fail(f"--classes: {file} does not exist; it has the name of a class per line, in the order of their numbers")
     else:
         names = VOC_CLASSES
-    if not 2 <= len(names) <= PADDING:
-        fail(f"--classes: {file} names {len(names)} classes, expected 2 to {PADDING}")
+    if not 2 <= len(set(names)) == len(names) <= PADDING:
+        fail(f"--classes: {file} names {len(names)} classes, expected 2 to {PADDING}, none of them twice")
     table = np.full(256, -1, np.int16)
     table[: len(names)], table[IGNORED] = np.arange(len(names)), IGNORED
     folders = [root / name for name in ("SegmentationClass", "SegmentationClassAug")]
@@ -122,8 +125,9 @@ def is_cityscapes(data):
 
 
 def open_pairs(data, train_split=None, val_split="val", channels=3, classes=None):
-    """Training and test set. train_split None: "train"; of VOC's layout trainaug, or train and aug, if they are there.
-    classes: see `open_voc`. Some masks are looked at, so that what is wrong with all of them shows at once."""
+    """Training and test set. train_split None: "train"; of VOC's layout trainaug, or train and aug, if they are there,
+    without test images. classes: see `open_voc`. Some masks are looked at, so that what all have wrong shows at once.
+    """
     if is_cityscapes(data):
         root = Path(data)
         data, test = (open_cityscapes(root, split, channels) for split in (train_split or "train", val_split))
@@ -133,7 +137,7 @@ def open_pairs(data, train_split=None, val_split="val", channels=3, classes=None
         usual = ["trainaug"] if "trainaug" in lists else ["train", *{"aug"} & lists]
         test = open_voc(root, [val_split], channels, classes)
         ids = [mask.stem for mask in test.masks]
-        data = open_voc(root, [train_split] if train_split else usual, channels, classes, ids)
+        data = open_voc(root, [train_split] if train_split else usual, channels, classes, () if train_split else ids)
     for part in (data, test):
         for i in sorted({len(part) * k // 4 for k in range(4)} & {*range(len(part))}):
             read_mask(part.masks[i], part.table)

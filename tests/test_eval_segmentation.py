@@ -307,7 +307,7 @@ def test_labels_of_cityscapes_are_mapped(tmp_path):
     assert data.classes == [c.name for c in known if 0 <= c.train_id < 255]
 
 
-def test_lists_and_masks_of_voc_with_sbd(tmp_path):
+def test_lists_and_masks_of_voc_with_sbd(tmp_path, capsys):
     """Masks of SBD are taken where VOC has none; test images are never trained on; other lists by name."""
     root = write_set(tmp_path / "VOCdevkit" / "VOC2012", 4, 2, aug=["t1", "s0", "v1"])
     (root / "classes.txt").unlink()
@@ -320,6 +320,8 @@ def test_lists_and_masks_of_voc_with_sbd(tmp_path):
     assert [p.stem for p in test.masks] == ["v0", "v1"] and test[0][0].shape[0] == 4
     (root / "ImageSets/Segmentation/trainaug.txt").write_text("s0\nt2\n")
     assert len(open_pairs(root)[0]) == 2 and len(open_pairs(root, "train")[0]) == 4
+    assert len(open_pairs(root, "val", "train")[0]) == 2  # as it is asked for
+    assert "all images of trainaug are test" in refused(capsys, open_pairs, root, None, "trainaug")
 
 
 def wrong(root, kind):
@@ -376,11 +378,11 @@ def test_mistakes_get_one_line(line, data, capsys, tmp_path):
 # ------------------------------------------------------------------------------------------------- whole runs
 def test_a_run_and_what_it_leaves(data, tmp_path):
     """It learns; what it wrote is a backbone again; a finished run is evaluated again to the same figures."""
-    more = ["--lr", 0.4, "--steps", 40, "--val-every", 20, "--no-distort", "--flip", 0, "--log-every", 20]
+    more = ["--lr", 0.4, "--steps", 30, "--val-every", 15, "--no-distort", "--flip", 0, "--log-every", 10]
     result = run(data, tmp_path, *more)
     assert result["miou"] > 60 and result["iou"].keys() == set(NAMES) and (result["train"], result["test"]) == (9, 5)
     assert json.loads((tmp_path / "eval_segmentation.json").read_text()) == json.loads(json.dumps(result))
-    assert [h["step"] for h in state(tmp_path)["history"]] == [20, 40]
+    assert [h["step"] for h in state(tmp_path)["history"]] == [15, 30]
     assert Image.open(tmp_path / "segmentation.png").width > 600 and (tmp_path / "segmentation_views.png").exists()
     again, meta = load_backbone(tmp_path / "segmentation_last.pt")
     assert meta["arch"] == "resnet18" and torch.equal(
