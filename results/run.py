@@ -40,6 +40,7 @@ RECIPES = {  # by name of the script, with more behind a hyphen where it has sev
     "interclr": "--lr 0.12 --weight-decay 5e-4 --crop-min 0.2 --queue 4096 --clusters 50",
     "barlowtwins": "--dim 512 --lambd 0.005 --warmup-epochs 1 --lr 1 --lr-biases 0.024 --crop-min 0.08",
     "vicreg": "--dim 512 --warmup-epochs 1 --lr 1 --crop-min 0.08",
+    "lejepa": "--hidden-dim 512 --dim 128 --slices 256 --warmup-epochs 1 --lr 4e-3 --global-scale 0.08 1",
     "swav": "--prototypes 256 --epsilon 0.03 --color-strength 0.5 --crop-min 0.2 --lr 3 --warmup-epochs 1",
     "deepclusterv2": "--prototypes 256 256 256 --color-strength 0.5 --crop-min 0.2 --lr 3 --warmup-epochs 1",
     "selav2": "--prototypes 256 256 256 --color-strength 0.5 --crop-min 0.2 --lr 3 --warmup-epochs 1",
@@ -63,6 +64,8 @@ RECIPES = {  # by name of the script, with more behind a hyphen where it has sev
     " --teacher-momentum 0.99 --teacher-temp 0.04 --lr 4e-3 --epochs 8",
     "mae": "--arch vit_tiny --width 0.5 --depth 6 --patch-size 4 --decoder-dim 64 --decoder-depth 2 --decoder-heads 4"
     " --lr 4e-3 --warmup-epochs 2 --pictures-every 5",
+    "ijepa": "--arch vit_tiny --width 0.5 --depth 6 --patch-size 4 --predictor-depth 3 --flip 0.5 --lr 4e-3"
+    " --warmup-lr 4e-4 --min-lr 4e-6 --warmup-epochs 2 --weight-decay-end 0.1",
     "simmim": "--arch vit_tiny --width 0.5 --depth 6 --patch-size 4 --drop-path 0 --schedule cosine --lr 8e-3"
     " --warmup-lr 0 --warmup-epochs 2 --pictures-every 5",
     "maskfeat": "--arch vit_tiny --width 0.5 --depth 6 --patch-size 4 --lr 4e-3 --warmup-epochs 2 --pictures-every 5",

@@ -28,6 +28,7 @@ SCRIPTS = {
     "simclrv2": ["--dim", "16", "--memory", "40"],
     "barlowtwins": ["--hidden-dim", "32", "--dim", "16"],
     "vicreg": ["--hidden-dim", "32", "--dim", "16"],
+    "lejepa": "--arch vit_tiny --width 0.125 --local-crops 1 --hidden-dim 32 --dim 16 --slices 8".split(),
     "byol": ["--dim", "16", "--hidden-dim", "32"],
     "moco": ["--dim", "16", "--queue", "40"],
     "moco_ft": ["--dim", "16", "--queue", "40"],
