@@ -13,8 +13,8 @@ voc12aug, cityscapes: as MMSelfSup 0.11 with MMSegmentation has them (He et al. 
 ResNet keeps a stride of 8 by dilation; the head is two 3x3 convolutions of 512 channels, whose output and input meet in
 a third, dropout of 0.1 and a linear layer; a head of one convolution of 256 on layer3 is trained beside it, weight 0.4.
 The rate falls by (1 - step / steps)^0.9 to a hundredth, step by step. Batch norm, over all processes, is trained, too.
-linear: for all networks, in minutes: nothing but a 1x1 convolution is trained, on the normalised last map (ResNets, to
-stride 8 by dilation, which needs no training; Swins) or patch tokens (ViTs, images of any size). Ours, not published.
+linear: in minutes. Nothing but a 1x1 convolution is trained, on normalised maps: the last ones of a ResNet (to stride 8
+by dilation, which needs no training) or a Swin, or the patch tokens of a ViT, images of any size. Ours, not published.
 
 A training image: both sides by one factor, so that they fit into the rectangle of --scale times a number from 0.5 to 2;
 a crop, drawn again up to ten times while one class has 0.75 of its counted pixels or more; mirrored; brightness,
