@@ -98,7 +98,7 @@ def augmentation(size, crop_min=0.08, flip=0.5):
 
 # ------------------------------------------------------------------------------------------------------ model
 class VICReg(nn.Module):
-    """Backbone f and projector of 3 layers, the paper's expander (section 4.2).
+    """Backbone f and projector of 3 layers, which the paper calls the expander.
 
     hidden_dim: width of the projector's hidden layers, dim: its outputs, D.
     """

@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {
     "simsiam": ["--dim", "32", "--pred-dim", "8"],
     "simclr": ["--dim", "16"],
+    "nnclr": "--dim 16 --hidden-dim 32 --pred-dim 32 --queue 40".split(),
     "simclrv2": ["--dim", "16", "--memory", "40"],
     "barlowtwins": ["--hidden-dim", "32", "--dim", "16"],
     "vicreg": ["--hidden-dim", "32", "--dim", "16"],

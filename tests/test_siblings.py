@@ -14,6 +14,7 @@ import barlowtwins
 import byol
 import moco
 import mocov3
+import nnclr
 import simclr
 import simsiam
 import vicreg
@@ -26,12 +27,13 @@ MODELS = {
     "simclr": lambda: simclr.SimCLR(resnet(*SMALL), dim=8),
     "barlowtwins": lambda: barlowtwins.BarlowTwins(resnet(*SMALL), hidden_dim=24, dim=10),
     "vicreg": lambda: vicreg.VICReg(resnet(*SMALL), hidden_dim=24, dim=10),
+    "nnclr": lambda: nnclr.NNCLR(resnet(*SMALL), dim=8, hidden_dim=12, pred_dim=6, queue=24),
     "byol": lambda: byol.BYOL(resnet(*SMALL), dim=8, hidden_dim=12),
     "moco": lambda: moco.MoCo(resnet(*SMALL), dim=8, queue=24),
     "mocov3": lambda: mocov3.MoCoV3(resnet(*SMALL), dim=8, hidden_dim=12),
     "mocov3-vit": lambda: mocov3.MoCoV3(mocov3.transformer("vit_tiny", 16, 0.25, 4, 2), dim=8, hidden_dim=12),
 }
-APART = ["simsiam", "barlowtwins", "vicreg", "byol", "mocov3", "mocov3-vit"]
+APART = ["simsiam", "barlowtwins", "vicreg", "nnclr", "byol", "mocov3", "mocov3-vit"]
 AVERAGED = [name for name in MODELS if name.startswith(("byol", "moco"))]
 MOMENTUM = {"byol": "--tau", "moco": "--key-momentum", "mocov3": "--key-momentum"}
 
@@ -52,6 +54,7 @@ LOSSES = {  # loss, inputs, how many of them, the first ones, are trained
     "byol": (byol.byol_loss, rows(4, 6, 5), 2),
     "barlowtwins": (lambda a, b: barlowtwins.barlow_twins_loss(a, b, 0.3), rows(2, 6, 4), 2),
     "vicreg": (lambda a, b: vicreg.vicreg_loss(a, b, 3, 2, 0.5), rows(2, 6, 4), 2),
+    "nnclr": (lambda p1, p2, n1, n2: nnclr.nnclr_loss(n1, n2, p1, p2, 0.5), rows(4, 6, 5), 2),
     "moco": (lambda q, k, queue: moco.info_nce(q, k, queue, 0.2), (unit(3, 8), unit(3, 8, seed=1), unit(9, 8)), 1),
     "mocov3": (lambda *x: mocov3.mocov3_loss(*x, 0.2), rows(4, 6, 5), 2),
 }
@@ -204,6 +207,8 @@ RECIPES = {
     | {"optimizer": "lars", "crop_min": 0.08},
     "vicreg": {"lr": 0.2, "batch_size": 2048, "weight_decay": 1e-6, "epochs": 1000, "warmup_epochs": 10, "dim": 8192}
     | {"hidden_dim": 8192, "sim_coeff": 25, "std_coeff": 25, "cov_coeff": 1, "crop_min": 0.08},
+    "nnclr": {"lr": 0.3, "batch_size": 4096, "weight_decay": 1e-6, "epochs": 1000, "warmup_epochs": 10, "dim": 256}
+    | {"hidden_dim": 2048, "pred_dim": 4096, "temperature": 0.1, "queue": None, "crop_min": 0.08},
     "moco": MOCO | {"temperature": 0.2, "head": "mlp"},
     "moco --v1": MOCO | {"temperature": 0.07, "head": "linear"},
     "moco --v1 --head mlp --temperature 0.1": {"head": "mlp", "temperature": 0.1},
@@ -227,6 +232,7 @@ VIEWS = {  # settings of the page; how both views differ from those of MoCo v2; 
     "byol": ({}, BYOL, SECOND),
     "barlowtwins": ({}, BYOL, SECOND),
     "vicreg": ({}, BYOL, SECOND),
+    "nnclr": ({}, BYOL, SECOND),
     "moco": ({}, {}, {}),
     "moco v1": ({"v1": True}, {"jitter": (0.4,) * 4, "jitter_p": 1.0, "gray_first": True, "blur_p": 0.0}, {}),
     "mocov3": ({}, BYOL | {"area": (0.2, 1.0), "interpolation": "bilinear"}, SECOND),
