@@ -22,7 +22,9 @@ ResNet-50 57.9 68.4 76.3 71.7; with selective kernels 64.5 72.1 78.7 74.6; ResNe
 linear (first author, issue 77 of the official code). Ours: not run.
 
 Deviations: the memory, which the official code does not have, is our design after the paper's description: it takes the
-keys of the second view, once per step, after the loss, and starts with random vectors. Others are those of simclr.py:
+keys of the second view, once per step, after the loss, and starts with random vectors. It has not been tried on
+ImageNet; in short runs with small batches it ruins the features (results/README.md), as negatives of another network
+are told apart without looking at the image, so that fewer than 65,536 images get none. Others are those of simclr.py:
 crops, bicubic interpolation, saturation, contrast and the blur's borders are torchvision's, not TensorFlow's;
 convolutions start from He's initialisation; the blur's sigma is drawn per image; bf16 on CUDA, the loss in fp32; images
 of at most 64 pixels are not blurred, are cropped to a fifth of their area at least (0.08 in the paper), and get a 3x3
@@ -66,7 +68,7 @@ def parse_args(argv=None):
     group.add_argument(
         "--color-strength", type=at_least(0, float), default=1.0, help="s of the colour distortion; 0.5 on CIFAR-10"
     )
-    text = "number of keys, K; 0: no memory (default: 65536, less for fewer images)"
+    text = "number of keys, K; 0: no memory (default: 65536, of fewer images 0)"
     group.add_argument("--memory", type=at_least(0), help=text)
     group.add_argument("--key-momentum", type=number(float, 0, 1), default=0.999, help="m of the memory's network")
     group.add_argument("--scale-loss", type=positive(float), default=1.0, help="2 as in the official code")
@@ -180,10 +182,8 @@ def nt_xent(z1, z2, temperature, memory=None):
 def main(args):
     run = Run(args)
     data = run.open(augmentation(args.image_size, args.crop_min, args.flip, args.color_strength))
-    memory, reason = 65536 if args.memory is None else args.memory, ""
-    if args.memory is None and len(data) < memory:  # SimCLR v2: it would hold old keys of the anchor's own image
-        memory = max(args.batch_size, 2 ** int(math.log2(1 + len(data) / 8)))
-        reason = f": the usual 65,536 are more than {len(data):,} images"
+    usual = 65536 if len(data) >= 65536 else 0  # SimCLR v2: a memory of all images would hold the anchor's own
+    memory = usual if args.memory is None else args.memory
     if 0 < memory < args.batch_size:
         fail(f"--memory {memory} is smaller than --batch-size {args.batch_size}, whose keys it takes: 0, or more")
     backbone = network(args.arch, args.width, args.image_size, zero_init_residual=True, channels=args.channels)
@@ -196,8 +196,9 @@ def main(args):
     candidates = 2 * args.batch_size // args.accum - 1 + memory
     chance = math.log(candidates)
     lines = {"baseline": f"loss ln({candidates}) = {chance:.2f}"}
-    lines |= {"memory": f"{memory:,} keys{reason}"} if memory else {}
-    lines |= {"small batch": "our short runs took --lr 0.25"} if args.lr < 0.25 and args.batch_size <= 256 else {}
+    none = "none" + (f": there are {len(data):,} images, fewer than 65,536 keys" if args.memory is None else "")
+    lines["memory"] = f"{memory:,} keys" if memory else none
+    lines |= {"small batch": "our short runs took --lr 1"} if args.lr < 1 and args.batch_size <= 256 else {}
     net = run.start(model, optimizer, chance=chance, lr=f"{rule} = {peak:.4g}", **lines)
 
     for epoch in run.epochs():

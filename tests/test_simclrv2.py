@@ -142,8 +142,10 @@ def test_without_a_memory_there_is_no_second_network(tmp_path, capsys):
 def test_size_of_the_memory(tmp_path, capsys):
     words = "--data fake:300 --arch resnet18 --width 0.125 --image-size 16 --batch-size 16 --max-steps 1 --knn-every 0"
     main("simclrv2", *words.split(), "--out", tmp_path)
-    assert "32 keys: the usual 65,536 are more than 300 images" in capsys.readouterr().out
-    assert len(state(tmp_path)["model"]["queue"]) == 32
+    assert "none: there are 300 images, fewer than 65,536 keys" in capsys.readouterr().out
+    assert "queue" not in state(tmp_path)["model"]
+    main("simclrv2", *words.split(), "--memory", 32, "--out", tmp_path / "more")
+    assert len(state(tmp_path / "more")["model"]["queue"]) == 32 and "32 keys" in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------- selective kernels
