@@ -12,7 +12,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """Batch norm over the batches of all processes, on any device and in any float type.
 
     PyTorch's own SyncBatchNorm refuses CPU tensors; this one is slower and is used only there.
-    Input (B, C, ...) with equally many elements on each process.
+    Input (B, C, ...), of any number of elements on each process.
     """
 
     def _check_input_dim(self, x):
@@ -24,8 +24,9 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         dims = [d for d in range(x.ndim) if d != 1]
         shape = [1, -1] + [1] * (x.ndim - 2)
         full = x.to(torch.promote_types(x.dtype, torch.float32))
-        n = x.numel() // x.shape[1] * world_size()
-        mean = all_reduce(full.sum(dims)) / n
+        total = all_reduce(torch.cat([full.sum(dims), full.new_tensor([x.numel() // x.shape[1]])]))
+        n = total[-1]
+        mean = total[:-1] / n
         centred = full - mean.view(shape)
         var = all_reduce(centred.square().sum(dims)) / n
         if self.track_running_stats:
@@ -33,7 +34,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
                 self.num_batches_tracked += 1
                 factor = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor)
-                self.running_var.lerp_((var * n / max(n - 1, 1)).to(self.running_var.dtype), factor)
+                self.running_var.lerp_((var * n / (n - 1).clamp(min=1)).to(self.running_var.dtype), factor)
         out = centred * torch.rsqrt(var + self.eps).view(shape)
         if self.affine:
             out = out * self.weight.view(shape) + self.bias.view(shape)

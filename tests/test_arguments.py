@@ -16,6 +16,7 @@ OTHERS = "eval_knn eval_linear eval_cluster eval_fewshot eval_finetune eval_semi
 OTHERS = dict.fromkeys(OTHERS, RANDOM)
 OTHERS |= {
     "eval_svm": "--pretrained random --data /nowhere --arch resnet18 --width 0.125",
+    "eval_detection": "--pretrained random --data /nowhere --arch resnet18 --width 0.125",
     "eval_segmentation": "--pretrained random --data /nowhere --arch resnet18 --width 0.125",
     "pack": "/nowhere --out /nowhere",
     "export": "--pretrained random --to torchvision --out /nowhere/x.pt",
