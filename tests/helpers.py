@@ -50,6 +50,7 @@ SCRIPTS = {
     "rotation_pred": [],
     "relative_loc": ["--hidden-dim", "32", "--image-size", "32"],
     "dino": "--arch vit_tiny --width 0.125 --local-crops 2 --out-dim 24 --hidden-dim 16 --bottleneck-dim 8".split(),
+    "simdino": "--arch vit_tiny --width 0.125 --local-crops 2 --out-dim 8 --hidden-dim 16".split(),
     "esvit": "--arch swin_tiny --width 0.125 --local-crops 2 --out-dim 24 --hidden-dim 16 --bottleneck-dim 8".split(),
     "mae": "--arch vit_tiny --width 0.25 --depth 2 --decoder-dim 16 --decoder-depth 1 --decoder-heads 2".split(),
     "simmim": "--arch vit_tiny --width 0.25 --depth 2".split(),
