@@ -53,6 +53,7 @@ SCRIPTS = {
     "simdino": "--arch vit_tiny --width 0.125 --local-crops 2 --out-dim 8 --hidden-dim 16".split(),
     "esvit": "--arch swin_tiny --width 0.125 --local-crops 2 --out-dim 24 --hidden-dim 16 --bottleneck-dim 8".split(),
     "mae": "--arch vit_tiny --width 0.25 --depth 2 --decoder-dim 16 --decoder-depth 1 --decoder-heads 2".split(),
+    "ijepa": "--arch vit_tiny --width 0.25 --depth 2 --predictor-depth 1 --group 4".split(),
     "simmim": "--arch vit_tiny --width 0.25 --depth 2".split(),
     "maskfeat": "--arch vit_tiny --width 0.25 --depth 2".split(),
     "cae": "--arch vit_tiny --width 0.25 --depth 2 --regressor-depth 1 --decoder-depth 1 --target kmeans"

@@ -86,7 +86,9 @@ def test_folder_of_another_script(other, capsys, tmp_path, monkeypatch):
     train(other.partition("_")[0], tmp_path, "--max-steps", 1, "--no-resume")
 
 
-BATCH_NORM = [script for script in SCRIPTS if script not in ("mae", "dino", "esvit", "cae", "maskfeat", "simmim")]
+BATCH_NORM = [
+    script for script in SCRIPTS if script not in ("mae", "ijepa", "dino", "esvit", "cae", "maskfeat", "simmim")
+]
 
 
 @pytest.mark.parametrize("words", ["--batch-size 1", "--batch-size 2 --accum 2", "--batch-size 1 --data fake:1"])

@@ -85,7 +85,10 @@ def test_command_line_writes_the_promised_files(script, tmp_path, monkeypatch, c
     assert not list(out.glob("*.tmp*"))
     backbone = state(out, "backbone.pt")
     assert backbone["meta"]["method"].partition(",")[0] == script.replace("_", "") or script not in SHIPPED
-    names = {"vit": {"cls_token", "blocks.1.mlp.fc2.bias"}, "swin": {"layers.1.blocks.1.mlp.fc2.bias", "norm.bias"}}
+    names = {
+        "vit": {"patch_embed.proj.weight", "blocks.1.mlp.fc2.bias"},
+        "swin": {"layers.1.blocks.1.mlp.fc2.bias", "norm.bias"},
+    }
     names["conv4"] = {"encoder.0.0.weight", "encoder.3.1.running_var"}
     kind = backbone["meta"]["arch"].partition("_")[0]
     assert names.get(kind, {"conv1.weight", "layer4.1.bn2.running_var"}) <= backbone["backbone"].keys()

@@ -307,9 +307,10 @@ COPIES = {
     "own_share": "interclr scan",
     **dict.fromkeys("patchify unpatchify statistics".split(), "mae cae"),
     **dict.fromkeys("hog default_cell".split(), "maskfeat cae"),
-    **dict.fromkeys("Head augmentation teacher_temp half_cosine entropies collapsed clip_each".split(), "dino esvit"),
+    **dict.fromkeys("Head augmentation teacher_temp entropies collapsed clip_each".split(), "dino esvit"),
     **dict.fromkeys("reset_teacher update_teacher forward".split(), "dino.DINO simdino.SimDINO"),
     "transformer": "dino simdino",
+    "half_cosine": "dino esvit ijepa",
 }
 
 
