@@ -198,7 +198,7 @@ def main(args):
     lines = {"baseline": f"loss ln({candidates}) = {chance:.2f}"}
     none = "none" + (f": there are {len(data):,} images, fewer than 65,536 keys" if args.memory is None else "")
     lines["memory"] = f"{memory:,} keys" if memory else none
-    lines |= {"small batch": "our short runs took --lr 1"} if args.lr < 1 and args.batch_size <= 256 else {}
+    lines |= {"small batch": "our short runs took --lr 0.25"} if args.lr < 0.25 and args.batch_size <= 256 else {}
     net = run.start(model, optimizer, chance=chance, lr=f"{rule} = {peak:.4g}", **lines)
 
     for epoch in run.epochs():
