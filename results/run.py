@@ -70,8 +70,8 @@ RECIPES = {  # by name of the script, with more behind a hyphen where it has sev
     " --lr 4e-3 --warmup-epochs 2 --pictures-every 5",
     "ijepa": "--arch vit_tiny --width 0.5 --depth 6 --patch-size 4 --predictor-depth 3 --flip 0.5 --lr 4e-3"
     " --warmup-lr 4e-4 --min-lr 4e-6 --warmup-epochs 2 --weight-decay-end 0.1",
-    "simmim": "--arch vit_tiny --width 0.5 --depth 6 --patch-size 4 --drop-path 0 --schedule cosine --lr 8e-3"
-    " --warmup-lr 0 --warmup-epochs 2 --pictures-every 5",
+    "simmim": "--arch vit_tiny --width 0.5 --depth 6 --patch-size 4 --drop-path 0 --schedule cosine --lr 2.4e-2"
+    " --warmup-lr 0 --warmup-epochs 2 --mask-patch-size 4 --pictures-every 5",
     "maskfeat": "--arch vit_tiny --width 0.5 --depth 6 --patch-size 4 --lr 4e-3 --warmup-epochs 2 --pictures-every 5",
     "cae-kmeans": CAE + " --target kmeans --pictures-every 5",
     "cae-hog": CAE + " --target hog",
