@@ -49,6 +49,7 @@ from common import resnet, rng
 from common.args import Parser, at_least, below_one, fail, number, positive, probability, toggle
 from common.augment import OPERATORS, WholeView, to_device
 from common.checkpoint import load_pretrained
+from common.crop import fitted
 from common.distributed import all_reduce, is_main, print0
 from common.files import result_folder
 from common.images import BadImage
@@ -61,7 +62,6 @@ from common.segmentation import (
     IGNORED,
     PADDING,
     BadMask,
-    fitted,
     is_cityscapes,
     nearest,
     open_pairs,
@@ -152,7 +152,7 @@ class Crop(WholeView):
 
     def crop(self, image, u):
         ratio = 0.5 + 1.5 * u[RATIO]
-        size = fitted(*image.shape[1:], [int(side * ratio) for side in self.scale])
+        size = fitted(*image.shape[1:], *sorted(int(side * ratio) for side in self.scale))
         rows, columns = (min(self.size, side) for side in size)
         for place in u[PLACES:FLIP].reshape(11, 2):  # the eleventh is taken whatever is there
             box = [int(x * (side - n + 1)) for x, side, n in zip(place, size, (rows, columns), strict=True)]
@@ -341,7 +341,7 @@ def windows(height, width, size, stride):
 def predict(run, image, args):
     """The class of each pixel of an image, uint8 (C, H, W) -> int64 (H, W) on the device."""
     model, view = run.model, run.loader.specs[0]
-    x = sample(image, fitted(*image.shape[1:], args.scale)).to(run.device, run.dtype)
+    x = sample(image, fitted(*image.shape[1:], *sorted(args.scale))).to(run.device, run.dtype)
     x = normalise(x[None] / 255, view)
     boxes = [(0, 0, *x.shape[2:])]
     if args.slide:

@@ -23,8 +23,8 @@ linear (first author, issue 77 of the official code). Ours: not run.
 
 Deviations: the memory, which the official code does not have, is our design after the paper's description: it takes the
 keys of the second view, once per step, after the loss, and starts with random vectors. It has not been tried on
-ImageNet; in short runs with small batches it ruins the features (results/README.md), as negatives of another network
-are told apart without looking at the image, so that fewer than 65,536 images get none. Others are those of simclr.py:
+ImageNet; in a short run with small batches it ruined the features (results/README.md; negatives of another network may
+be told apart without looking at the image), so that fewer than 65,536 images get none. Others are those of simclr.py:
 crops, bicubic interpolation, saturation, contrast and the blur's borders are torchvision's, not TensorFlow's;
 convolutions start from He's initialisation; the blur's sigma is drawn per image; bf16 on CUDA, the loss in fp32; images
 of at most 64 pixels are not blurred, are cropped to a fifth of their area at least (0.08 in the paper), and get a 3x3

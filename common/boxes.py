@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from common import rng
 from common.args import fail
-from common.crop import crop_resize
+from common.crop import crop_resize, fitted
 from common.datasets import Files, Subset
 from common.distributed import gather, rank, world_size
 from common.files import atomic
@@ -226,12 +226,6 @@ def encode_mask(mask):
 
 
 # --------------------------------------------------------------------------------------------------- one image
-def fitted(height, width, short, longest):
-    """(height, width) with the shorter side `short`, or the longer one `longest` if it would be longer."""
-    scale = min(short / min(height, width), longest / max(height, width))
-    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
-
-
 def prepare(data, i, short, longest, flip=False, masks=False):
     """Image i resized, uint8 (C, h, w), its size in the file, and its objects at the new size as tensors: boxes (n, 4),
     labels (n,) and masks (n, h, w). Boxes are clipped at the edges of the image; what has no area then is left out."""

@@ -7,6 +7,12 @@ import torch
 import torch.nn.functional as F
 
 
+def fitted(height, width, short, longest):
+    """(height, width) with the shorter side `short`, or the longer one `longest` if it would be longer."""
+    scale = min(short / min(height, width), longest / max(height, width))
+    return max(1, int(height * scale + 0.5)), max(1, int(width * scale + 0.5))
+
+
 def crop_resize(image, box, size, interpolation="bilinear"):
     """The box (top, left, height, width) of an image (C, H, W), uint8 or float32 in [0, 255], at another size: pixels,
     or (height, width). PIL's crop-then-resize within one grey level, antialiased (bicubic: but for one value in some

@@ -156,12 +156,6 @@ def read_ahead(data, indices, workers):
             yield waiting.popleft().result()[0]
 
 
-def fitted(height, width, scale):
-    """Height and width times one factor, so that they fit into (longer, shorter) side."""
-    factor = min(max(scale) / max(height, width), min(scale) / min(height, width))
-    return tuple(max(1, int(side * factor + 0.5)) for side in (height, width))
-
-
 def sample(image, size, top=0, left=0, rows=None, columns=None):
     """A part of an image (C, H, W) resized to `size`, bilinear, without antialiasing: no more than it is computed.
     uint8 (C, rows, columns)."""

@@ -10,7 +10,8 @@ from PIL import Image, ImageDraw
 
 import eval_detection as det
 from common import boxes
-from common.boxes import Objects, fitted, open_boxes, prepare
+from common.boxes import Objects, open_boxes, prepare
+from common.crop import fitted
 from common.resnet import resnet
 from tests.helpers import SMALL, different, launch, main, photo, records, refused, rows, state, write_voc
 

@@ -1,15 +1,13 @@
 """SimDINO: the loss and its bounds, groups of images, processes, the head, and going on from weights."""
 
-import concurrent.futures
 import math
-import threading
 
 import numpy as np
 import pytest
 import torch
 
 import simdino
-from tests.helpers import flags, logged, main, parsed, refused, state, train, unit
+from tests.helpers import as_processes, flags, logged, main, parsed, refused, state, train, unit
 
 
 def outputs(views=5, batch=6, dim=4):
@@ -86,8 +84,7 @@ def test_a_failed_factorisation_makes_the_loss_infinite(group):
 
 @pytest.mark.parametrize("group", [0, 3])
 def test_two_processes_have_the_loss_and_gradient_of_one(group, monkeypatch):
-    """Two threads play processes: what one hands to all_reduce is added to the other's, with gradient; the average of
-    their gradients has to be the gradient itself."""
+    """The average of their gradients has to be the gradient itself."""
     weight = unit(4, 4, seed=3).requires_grad_()
     student, teacher = outputs(4, 12)
 
@@ -97,19 +94,7 @@ def test_two_processes_have_the_loss_and_gradient_of_one(group, monkeypatch):
 
     whole = loss(slice(0, 12))
     (gradient,) = torch.autograd.grad(whole, weight)
-    barrier, given = threading.Barrier(2, timeout=60), {}
-
-    def all_reduce(tensor):
-        given[threading.get_ident()] = tensor
-        barrier.wait()
-        total = sum(given.values())
-        barrier.wait()
-        return total
-
-    monkeypatch.setattr(simdino, "all_reduce", all_reduce)
-    monkeypatch.setattr(simdino, "world_size", lambda: 2)
-    with concurrent.futures.ThreadPoolExecutor(2) as threads:
-        losses = torch.stack(list(threads.map(loss, [slice(0, 6), slice(6, 12)])))
+    losses = torch.stack(as_processes(monkeypatch, simdino, loss, (slice(0, 6),), (slice(6, 12),)))
     assert losses.mean().item() == pytest.approx(whole.item(), abs=1e-12)
     torch.testing.assert_close(torch.autograd.grad(losses.mean(), weight)[0], gradient, atol=1e-12, rtol=1e-10)
     assert gradient.abs().max() > 1e-3
