@@ -132,7 +132,7 @@ AUTO = {
     "simsiam": "simsiam", "simclr": "simclr", "simclrv2": "simclr", "byol": "byol", "swav": "swav",
     "barlowtwins": "barlow", "vicreg": "barlow", "directclr": "barlow", "mocov3": "mocov3", "obow": "obow",
     "mae": "mae", "cae": "mae", "maskfeat": "mae", "simmim": "mae", "ijepa": "mae", "dino": "dino", "esvit": "dino",
-    "simdino": "dino",
+    "simdino": "dino", "ibot": "dino",
     "deepclusterv2": "swav", "selav2": "swav", "npid": "multihead", "deepcluster": "multihead", "odc": "multihead",
     "rotationpred": "multihead", "relativeloc": "multihead", "protoclr": "swav", "pixpro": "moco", "scan": "simclr",
     "lejepa": "dino", "nnclr": "simclr",

@@ -59,6 +59,9 @@ RECIPES = {  # by name of the script, with more behind a hyphen where it has sev
     " --teacher-momentum 0.99 --head-norm --lr 0.2 --weight-decay 5e-4",
     "dino-vit": "--arch vit_tiny --width 0.5 --depth 4 --patch-size 4 --drop-path 0 --local-crops 2 --out-dim 1024"
     " --hidden-dim 512 --bottleneck-dim 128 --warmup-epochs 1 --teacher-momentum 0.99 --head-norm --lr 4e-3 --epochs 8",
+    "ibot": "--arch vit_tiny --width 0.5 --depth 4 --patch-size 4 --drop-path 0 --local-crops 2 --out-dim 1024"
+    " --hidden-dim 512 --bottleneck-dim 128 --warmup-epochs 1 --teacher-momentum 0.99 --head-norm"
+    " --no-train-last-norm --teacher-temp 0.04 --lr 4e-3 --epochs 8",
     "simdino": "--local-crops 4 --out-dim 128 --hidden-dim 512 --warmup-epochs 1 --teacher-momentum 0.99 --head-norm"
     " --group 8 --lr 0.2 --weight-decay 5e-4",
     "esvit": "--local-crops 2 --out-dim 1024 --hidden-dim 512 --bottleneck-dim 128 --warmup-epochs 1 --head-norm"

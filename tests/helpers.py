@@ -52,6 +52,8 @@ SCRIPTS = {
     "dino": "--arch vit_tiny --width 0.125 --local-crops 2 --out-dim 24 --hidden-dim 16 --bottleneck-dim 8".split(),
     "simdino": "--arch vit_tiny --width 0.125 --local-crops 2 --out-dim 8 --hidden-dim 16".split(),
     "esvit": "--arch swin_tiny --width 0.125 --local-crops 2 --out-dim 24 --hidden-dim 16 --bottleneck-dim 8".split(),
+    "ibot": "--arch vit_tiny --width 0.125 --depth 2 --local-crops 1 --out-dim 24 --hidden-dim 16 --bottleneck-dim 8"
+    " --drop-path 0.2".split(),
     "mae": "--arch vit_tiny --width 0.25 --depth 2 --decoder-dim 16 --decoder-depth 1 --decoder-heads 2".split(),
     "ijepa": "--arch vit_tiny --width 0.25 --depth 2 --predictor-depth 1 --group 4".split(),
     "simmim": "--arch vit_tiny --width 0.25 --depth 2".split(),

@@ -307,10 +307,14 @@ COPIES = {
     "own_share": "interclr scan",
     **dict.fromkeys("patchify unpatchify statistics".split(), "mae cae"),
     **dict.fromkeys("hog default_cell".split(), "maskfeat cae"),
-    **dict.fromkeys("Head augmentation teacher_temp entropies collapsed clip_each".split(), "dino esvit"),
-    **dict.fromkeys("reset_teacher update_teacher forward".split(), "dino.DINO simdino.SimDINO"),
-    "transformer": "dino simdino",
-    "half_cosine": "dino esvit ijepa",
+    **dict.fromkeys("Head augmentation teacher_temp collapsed clip_each".split(), "dino esvit ibot"),
+    "entropies": "dino esvit",
+    "dino_loss": "dino ibot",
+    **dict.fromkeys("reset_teacher update_teacher".split(), "dino.DINO simdino.SimDINO ibot.iBOT"),
+    "forward": "dino.DINO simdino.SimDINO",
+    "update_centers": "esvit.EsViT ibot.iBOT",
+    "transformer": "dino simdino ibot",
+    "half_cosine": "dino esvit ijepa ibot",
 }
 
 
