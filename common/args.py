@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from common.distributed import is_main, print0, world_size
+from common.distributed import first_here, print0, world_size
 from common.images import MAX_PIXELS, limit_pixels
 
 NAMED_SETS = {"digits": 16, "cifar10": 32, "cifar100": 32, "stl10": 96, "fake": 64}  # --data, and its --image-size
@@ -24,8 +24,8 @@ toggle = argparse.BooleanOptionalAction  # --x / --no-x
 
 
 def fail(message, code=2):
-    """Ends the program with one line on stderr (from the main process): code 2 means the user can mend it."""
-    if is_main():
+    """Ends the program with one line on stderr (once per machine): code 2 means the user can mend it."""
+    if first_here():  # what is missing on one machine may be there on that of the main process
         print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(code)
 

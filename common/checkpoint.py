@@ -15,7 +15,7 @@ from torch import nn
 
 from common import conv4, formats, layouts, networks, resnet, swin, vit, xcit
 from common.args import default_size, fail
-from common.distributed import barrier, is_main, print0
+from common.distributed import agree, barrier, is_main, print0
 from common.files import atomic, make_folder
 from common.folders import nearest_name
 
@@ -108,8 +108,9 @@ def resume(args, images, model, optimizer, scaler, name="last.pt"):
     path = make_folder(args.out) / name
     barrier()
     found = [p for p in (path, path.with_suffix(".previous.pt")) if p.exists()]
+    apart = f"--out {args.out} is not the same folder on all nodes: put it on a file system that all of them see"
     if not args.resume or not found:
-        return None
+        return None if agree(-1, model) else fail(apart)
     remedy = "choose another --out, or --no-resume to overwrite it"
     for path in found:
         state, problem = formats.read(path)
@@ -123,6 +124,8 @@ def resume(args, images, model, optimizer, scaler, name="last.pt"):
             found[0].replace(found[0].with_suffix(".damaged.pt"))
     if not {"args", "step", "model", "optimizer", "scaler", "images"} <= state.keys():
         fail(f"--out {args.out}: {name} is not the state of a run; {remedy}")
+    if not agree(state["step"], model):  # a node without it would start from zero in silence
+        fail(apart)
     if state.get("format") != FORMAT:
         fail(f"{path} was written by another version of these scripts, which cannot be continued: {remedy}")
     if (owner := state.get("script", args.script)) != args.script:

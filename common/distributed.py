@@ -35,7 +35,7 @@ def init_processes(device="auto"):
         device = "cuda" if torch.cuda.is_available() else "cpu"
     own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if device == "cuda" else device
     if problem := _unusable(device, own):
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # once per machine: another one may have the device
+        if first_here():  # another machine may have the device
             print(f"error: --device {device} {problem}", file=sys.stderr, flush=True)
         raise SystemExit(2)
     device = torch.device(own)
@@ -83,6 +83,11 @@ def is_main():
     return rank() == 0
 
 
+def first_here():
+    """Is this the first process of its machine?"""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def print0(*args, **kwargs):
     """Prints in the main process only."""
     if is_main():
@@ -101,6 +106,13 @@ def any_process(flag, device):
     flag = torch.tensor(float(flag), device=device)
     dist.all_reduce(flag, dist.ReduceOp.MAX)
     return bool(flag.item())
+
+
+def agree(number, model):
+    """Have all processes this whole number? (one small collective, on the device of the model)"""
+    if world_size() == 1:
+        return True
+    return len(gather(torch.tensor([number], device=next(model.parameters()).device)).unique()) == 1
 
 
 class _AllReduce(torch.autograd.Function):
