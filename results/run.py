@@ -82,7 +82,7 @@ RECIPES = {  # by name of the script, with more behind a hyphen where it has sev
 LINEAR = "--protocol moco,simsiam,swav,multihead --epochs 10 --batch-size 256"
 FINETUNE = "--recipe plain --epochs 5 --warmup-epochs 1 --batch-size 64 --lr 4e-3 --layer-decay 0.75"
 EVALUATIONS = {  # name: (script, pre-trained network, flags)
-    "knn-simsiam": ("eval_knn", "runs/results/simsiam/backbone.pt", ""),
+    **{f"knn-{method}": ("eval_knn", f"runs/results/{method}/backbone.pt", "") for method in RECIPES},
     "knn-random": ("eval_knn", "random", "--arch resnet18 --width 0.25 --image-size 32"),
     "linear-simsiam": ("eval_linear", "runs/results/simsiam/backbone.pt", LINEAR),
     "linear-random": ("eval_linear", "random", "--arch resnet18 --width 0.25 --image-size 32 " + LINEAR),
