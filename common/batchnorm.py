@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.args import fail
-from common.distributed import all_reduce, process_mean, world_size
+from common.distributed import gather, process_mean, world_size
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -24,18 +24,23 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         dims = [d for d in range(x.ndim) if d != 1]
         shape = [1, -1] + [1] * (x.ndim - 2)
         full = x.to(torch.promote_types(x.dtype, torch.float32))
-        total = all_reduce(torch.cat([full.sum(dims), full.new_tensor([x.numel() // x.shape[1]])]))
-        n = total[-1]
-        mean = total[:-1] / n
-        centred = full - mean.view(shape)
-        var = all_reduce(centred.square().sum(dims)) / n
+        n = x.numel() // x.shape[1]
+        own = full.sum(dims) / max(n, 1)
+        squares = (full - own.view(shape)).square().sum(dims)
+        # mean, sum of squares around it and count of each process, joined by the formula of Chan, Golub and LeVeque
+        # (1979): one collective, where sums around the common mean would take two
+        parts = gather(torch.cat([own, squares, own.new_tensor([n])])[None])
+        means, squares, counts = parts.split([len(own), len(own), 1], 1)
+        n = counts.sum()
+        mean = (counts * means).sum(0) / n
+        var = (squares + counts * (means - mean).square()).sum(0) / n
         if self.track_running_stats:
             with torch.no_grad():
                 self.num_batches_tracked += 1
                 factor = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
                 self.running_mean.lerp_(mean.to(self.running_mean.dtype), factor)
                 self.running_var.lerp_((var * n / (n - 1).clamp(min=1)).to(self.running_var.dtype), factor)
-        out = centred * torch.rsqrt(var + self.eps).view(shape)
+        out = (full - mean.view(shape)) * torch.rsqrt(var + self.eps).view(shape)
         if self.affine:
             out = out * self.weight.view(shape) + self.bias.view(shape)
         return out.to(x.dtype)

@@ -29,7 +29,7 @@ SCRIPTS = {
     "simclrv2": ["--dim", "16", "--memory", "40"],
     "barlowtwins": ["--hidden-dim", "32", "--dim", "16"],
     "vicreg": ["--hidden-dim", "32", "--dim", "16"],
-    "lejepa": "--arch vit_tiny --width 0.125 --local-crops 1 --hidden-dim 32 --dim 16 --slices 8".split(),
+    "lejepa": "--arch vit_tiny --width 0.125 --depth 2 --local-crops 1 --hidden-dim 32 --dim 16 --slices 8".split(),
     "byol": ["--dim", "16", "--hidden-dim", "32"],
     "moco": ["--dim", "16", "--queue", "40"],
     "moco_ft": ["--dim", "16", "--queue", "40"],
@@ -41,16 +41,17 @@ SCRIPTS = {
     "obow": "--image-size 24 --words 32 --patches 2".split(),
     "deepclusterv2": "--dim 16 --hidden-dim 32 --crops 2 1 --sizes 16 12 --prototypes 6 5 6 --iterations 3".split(),
     "selav2": "--dim 16 --hidden-dim 32 --crops 2 1 --sizes 16 12 --prototypes 6 5 6 --freeze-steps 2".split(),
-    "odc": "--dim 16 --hidden-dim 32 --clusters 6 --min-cluster 8 --centroid-every 2".split(),
+    "odc": "--dim 16 --hidden-dim 32 --clusters 4 --min-cluster 8 --centroid-every 2".split(),
     "densecl": ["--dim", "16", "--queue", "40"],
     "directclr": [],
-    "interclr": "--dim 16 --queue 40 --clusters 6 --min-cluster 8 --centroid-every 2 --negatives 6 --pool 20".split(),
-    "pixpro": ["--dim", "16", "--hidden-dim", "32", "--instance-weight", "1", "--image-size", "32"],
+    "interclr": "--dim 16 --queue 40 --clusters 4 --min-cluster 8 --centroid-every 2 --negatives 6 --pool 20".split(),
+    "pixpro": ["--dim", "16", "--hidden-dim", "32", "--instance-weight", "1", "--image-size", "24"],
     "protoclr": ["--arch", "conv4"],
     "rotation_pred": [],
     "relative_loc": ["--hidden-dim", "32", "--image-size", "32"],
-    "dino": "--arch vit_tiny --width 0.125 --local-crops 2 --out-dim 24 --hidden-dim 16 --bottleneck-dim 8".split(),
-    "simdino": "--arch vit_tiny --width 0.125 --local-crops 2 --out-dim 8 --hidden-dim 16".split(),
+    "dino": "--arch vit_tiny --width 0.125 --depth 2 --local-crops 2 --out-dim 24 --hidden-dim 16"
+    " --bottleneck-dim 8".split(),
+    "simdino": "--arch vit_tiny --width 0.125 --depth 2 --local-crops 2 --out-dim 8 --hidden-dim 16".split(),
     "esvit": "--arch swin_tiny --width 0.125 --local-crops 2 --out-dim 24 --hidden-dim 16 --bottleneck-dim 8".split(),
     "ibot": "--arch vit_tiny --width 0.125 --depth 2 --local-crops 1 --out-dim 24 --hidden-dim 16 --bottleneck-dim 8"
     " --drop-path 0.2".split(),
@@ -131,7 +132,7 @@ def command(*words, processes=1, check=None, env=None, timeout=300, **more):
 def launch(*jobs, processes=2):
     """Runs scripts one after the other in one launch of several processes. jobs: (script, words) each."""
     jobs = [[script, [str(w) for w in words]] for script, words in jobs]
-    return command("tests/run_scripts.py", json.dumps(jobs), processes=processes, check=0)
+    return command("tests/run_scripts.py", json.dumps(jobs), processes=processes, check=0, timeout=600)
 
 
 def refused(capsys, function, *args, **kwargs):

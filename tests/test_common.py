@@ -14,7 +14,7 @@ from common.augment import EvalView
 from common.datasets import Fake
 from common.features import by_size, extract, output_std
 from common.resnet import resnet
-from tests.helpers import SMALL, different, rows, unit
+from tests.helpers import SMALL, as_processes, different, rows, unit
 
 
 # --------------------------------------------------------------------------------------------------- backbones
@@ -162,6 +162,20 @@ def test_own_batch_norm_equals_torch(affine):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-12, rtol=0)
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), atol=1e-12, rtol=0)
     torch.testing.assert_close(ours.eval()(a), theirs.eval()(a), atol=1e-12, rtol=0)
+
+
+def test_own_batch_norm_of_uneven_parts_equals_torch_over_all(monkeypatch):
+    """Two processes with 4 rows and 1 row, one with none."""
+    x, weight = rows(5, 3) + 100, rows(5, 3, seed=9)
+    whole, theirs = x.clone().requires_grad_(), nn.BatchNorm1d(3).double()
+    (theirs(whole) * weight).sum().backward()
+    parts = [(part.clone().requires_grad_(), batchnorm.SyncBatchNorm(3).double()) for part in x.split([4, 1, 0])]
+    outs = as_processes(monkeypatch, batchnorm, lambda part, norm: norm(part), *parts)
+    torch.testing.assert_close(torch.cat(outs), theirs(x), atol=1e-12, rtol=0)
+    (torch.cat(outs) * weight).sum().backward()
+    torch.testing.assert_close(torch.cat([part.grad for part, _ in parts]), whole.grad, atol=1e-12, rtol=0)
+    for _, norm in parts:
+        torch.testing.assert_close(norm.running_var, nn.BatchNorm1d(3).double().running_var * 0.9 + 0.1 * x.var(0))
 
 
 # ------------------------------------------------------------------------------------------------------- files
