@@ -190,7 +190,9 @@ def test_labels_are_read_before_the_update(accum, tmp_path, monkeypatch):
         events.append("update")
         labels, sizes = zip(*shown, strict=True)
         assert torch.equal(torch.cat(labels), model.labels[indices])
-        assert torch.equal(sizes[0], torch.bincount(model.labels, minlength=len(sizes[0]))), "weights are those of the same moment"
+        assert torch.equal(sizes[0], torch.bincount(model.labels, minlength=len(sizes[0]))), (
+            "weights are those of the same moment"
+        )
         shown.clear()
         update(model, indices, f, momentum)
 
@@ -203,7 +205,7 @@ def test_labels_are_read_before_the_update(accum, tmp_path, monkeypatch):
     monkeypatch.setattr(odc.ODC, "update", record_update)
     monkeypatch.setattr(odc.ODC, "refill", record_refill)
     monkeypatch.setattr(odc.ODC, "recentre", lambda model: events.append("recentre") or recentre(model))
-    train("odc", tmp_path, *FLAGS, "--accum", accum, "--max-steps", 5)
+    train("odc", tmp_path, *FLAGS, "--data", "fake:32", "--accum", accum, "--max-steps", 5)
     assert any(refilled), "the flags used by all tests of scripts do refill small clusters"
     step, expected = ["loss"] * accum + ["update"], []
     for number in refilled:
