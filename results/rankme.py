@@ -15,13 +15,15 @@ import numpy as np
 
 
 def measured(path):
-    """[(RankMe, k-NN accuracy)] of a file: before the first step and at the end of a log, one of eval_knn's JSON."""
+    """Architecture, [(RankMe, k-NN accuracy)] of a file: before the first step and at the end of a log, one of
+    eval_knn's JSON."""
     if path.suffix == ".json":
         record = json.loads(path.read_text())
-        return [(record["spectrum"]["rankme"], record["knn"]["20"]["top1"])] if "spectrum" in record else []
-    records = [json.loads(line) for line in path.read_text().splitlines()]
+        found = [(record["spectrum"]["rankme"], record["knn"]["20"]["top1"])] if "spectrum" in record else []
+        return record["arch"], found
+    first, *records = (json.loads(line) for line in path.read_text().splitlines())
     found = [(r["rankme"], r["knn"]) for r in records if "rankme" in r and "knn" in r]
-    return [found[0], found[-1]] if len(found) > 1 else []
+    return first["args"]["arch"], [found[0], found[-1]] if len(found) > 1 else []
 
 
 def spearman(x, y):
@@ -37,14 +39,22 @@ def draw(path, runs):
 
     figure = Figure((9, 6), layout="constrained")
     axis = figure.subplots()
-    start = [points[0] for points in runs.values() if len(points) > 1]
+    start = [points[0] for _, points in runs.values() if len(points) > 1]
     axis.plot(*zip(*start, strict=True), "x", color="grey", label="before the first step") if start else None
-    for i, (name, points) in enumerate(sorted(runs.items())):
-        axis.plot(*points[-1], "o", color=colormaps["tab20"].colors[i % 20], ms=6)
-        axis.annotate(name, points[-1], xytext=(5, 3), textcoords="offset points", fontsize=8)
+    for marker, label in (("o", "ResNet"), ("s", "ViT, Swin")):
+        axis.plot([], [], marker, color="grey", label=label)
+    last = 0.0
+    for i, (name, (arch, points)) in enumerate(sorted(runs.items(), key=lambda item: item[1][1][-1][1])):
+        rank, knn = points[-1]
+        axis.plot(rank, knn, "o" if "resnet" in arch else "s", color=colormaps["tab20"].colors[i % 20], ms=6)
+        last = max(knn, last + 0.45)  # names stand one above the other
+        axis.annotate(name, (rank, last), xytext=(6, -3), textcoords="offset points", fontsize=8)
     axis.set(xlabel="RankMe of the backbone's features", ylabel="k-NN top-1, %", xscale="log")
+    axis.set_xticks([2, 5, 10, 20, 50], ["2", "5", "10", "20", "50"])
+    axis.xaxis.set_minor_formatter("")
+    axis.margins(x=0.12)
     axis.grid(alpha=0.3)
-    axis.legend(loc="lower right") if start else None
+    axis.legend(loc="lower right")
     figure.savefig(path, dpi=110)
 
 
@@ -56,15 +66,16 @@ if __name__ == "__main__":
     runs, without = {}, []
     for path in sorted(args.files, key=lambda p: p.suffix != ".json"):  # logs last: they replace the evaluations
         name = path.stem.removeprefix("knn-")
-        if points := measured(path):
-            runs[name] = points
+        arch, points = measured(path)
+        if points:
+            runs[name] = arch, points
         elif name not in runs:
             without.append(name)
     without = [name for name in without if name not in runs]
     if without:
         print(f"without RankMe, left out: {', '.join(without)}")
-    for name, points in sorted(runs.items()):
+    for name, (_, points) in sorted(runs.items()):
         print(f"{name:<15} " + " -> ".join(f"RankMe {rank:6.1f}  k-NN {knn:5.1f}" for rank, knn in points))
-    rank, knn = np.array([points[-1] for points in runs.values()]).T
+    rank, knn = np.array([points[-1] for _, points in runs.values()]).T
     print(f"{len(runs)} runs, rank correlation {spearman(rank, knn):.2f}")
     draw(args.out, runs)
