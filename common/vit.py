@@ -363,11 +363,15 @@ def initialise(module, std=None):
             nn.init.zeros_(layer.bias)
 
 
+def _shape(arch):
+    return ARCHS.get(arch) or fail(f"--arch {arch}: unknown, expected one of {', '.join(ARCHS)}")
+
+
 def default_patch(arch, image_size):
     """Its own patch size; up to 128 pixels about an eighth of them, so that 64 patches are left, which fit."""
     size = image_size if isinstance(image_size, int) else min(image_size)
     if size > 128:
-        return ARCHS[arch][3]
+        return _shape(arch)[3]
     near = [patch for patch in range(max(1, size // 16), size // 4 + 1) if size % patch == 0]
     return min(near, key=lambda patch: abs(patch - size / 8), default=max(1, math.ceil(size / 8)))
 
@@ -387,9 +391,7 @@ def vit(
 ):
     """A ViT by name. width multiplies its dimension; patch_size, depth and heads replace what the name stands for;
     more: see ViT. `config` of it is what a checkpoint says beside name, width and image size to build it again."""
-    if arch not in ARCHS:
-        fail(f"--arch {arch}: unknown, expected one of {', '.join(ARCHS)}")
-    dim, usual_depth, usual_heads, _ = ARCHS[arch]
+    dim, usual_depth, usual_heads, _ = _shape(arch)
     dim, depth, heads = round(dim * width), depth or usual_depth, heads or usual_heads
     patch_size = patch_size or default_patch(arch, image_size)
     if dim < 4 or dim % heads or dim % 4:

@@ -289,6 +289,7 @@ def test_optimisers_decay_weights_only(words, tmp_path):
         ),
         ("mocov3 --arch vit_tiny --image-size 16 --patch-size 5", "choose 15 or 20, or --patch-size"),
         ("mocov3 --arch vit_giant", "vit_huge"),
+        ("dino --arch vit_giant --image-size 224", "vit_huge"),
     ],
 )
 def test_mistakes_end_in_one_line(words, message, capsys, tmp_path):
