@@ -1,7 +1,9 @@
 """Runs the comparisons one after the other; their output goes to results/benchmarks/ and benchmarks/README.md.
 
-    python benchmarks/run.py                                # all but train.py, which needs a data set
-    python benchmarks/run.py --data data/cifar10/train      # with train.py, from a folder of JPEG files
+    python benchmarks/run.py                                # all but those that need a data set
+    python benchmarks/run.py train --data data/cifar10/train          # a folder of JPEG files
+    python benchmarks/run.py detection --data data/bccd               # a set that eval_detection.py reads
+    python benchmarks/run.py segmentation --data data/camvid          # a set that eval_segmentation.py reads
     python benchmarks/run.py ema_lars knn
 
 Nothing else should run on the machine meanwhile. kill.py and soak.py are tests and not run here.
@@ -43,7 +45,14 @@ JOBS = {  # name of the log: (flags, after the script where it has another name;
         "DINO's step, 2 + 8 crops and a ViT-Ti, at least 95 % of its passes",
     ),
     "startup": ("", "a million files listed within seconds from the second start on"),
+    "detection": (
+        "--cpu-time --repeats 3 -- --arch resnet18 --width 0.25 --batch-size 4 --sizes 320 --test-size 320"
+        " --anchors 32 64 96 128 192 --proposals 500 --rois 64",
+        "the input at most 20 % of training",
+    ),
+    "segmentation": ("--cpu-time --repeats 3", "the input at most 20 % of training, memory does not grow with the images"),
 }
+NEED_DATA = ("train", "detection", "segmentation")
 
 
 MISSED = """Aims that these runs missed. EMA 2.1x instead of 3x: both forms are bound by memory, and 7 passes over it
@@ -85,22 +94,23 @@ def write_readme():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=list(JOBS), help=", ".join(JOBS))
-    parser.add_argument("--data", help="folder of JPEG files for train.py")
+    parser.add_argument("--data", help="for the one of train, detection and segmentation that is named")
     parser.add_argument("--timeout", type=float, default=900, help="seconds for each")
     args = parser.parse_args()
     if unknown := set(args.names) - set(JOBS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}; expected {', '.join(JOBS)}")
+    if args.data and len({*args.names} & {*NEED_DATA}) != 1:
+        parser.error(f"--data: name one of {', '.join(NEED_DATA)}, whose data these are")
     failed = []
     for name in args.names:
         flags, script = shlex.split(JOBS[name][0]), f"{name}.py"
         if flags and flags[0].endswith(".py"):
             script = flags.pop(0)
-        if name == "train":
-            if not args.data:
-                print("train.py: left out, as it needs --data")
-                continue
-            flags += ["--data", args.data]
-        words = [f"benchmarks/{script}", *flags]
+        data = ["--data", args.data] * (name in NEED_DATA and bool(args.data))
+        if name in NEED_DATA and not data:
+            print(f"{name}: left out, as it needs --data")
+            continue
+        words = [f"benchmarks/{script}", *data, *flags]
         print(f"$ python {shlex.join(words)}", flush=True)
         try:
             done = subprocess.run(
