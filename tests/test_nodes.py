@@ -73,7 +73,7 @@ def test_a_node_dies_and_comes_back(tmp_path):
     given again there. The other node waits for it, and both go on from the last save."""
     port, out, agents = free_port(), tmp_path / "two", []
     torchrun = "-m torch.distributed.run --nnodes=2 --nproc_per_node=1 --max-restarts=1 --rdzv_backend=c10d"
-    torchrun += f" --rdzv_endpoint=127.0.0.1:{port} --rdzv-conf=keep_alive_interval=1"
+    torchrun += f" --rdzv_endpoint=127.0.0.1:{port} --rdzv-conf=keep_alive_interval=1 --monitor-interval=0.5"
     more = [*EXACT, "--save-every", 0, "--max-steps", 6, "--workers", 0]
     words = [sys.executable, *torchrun.split(), "simsiam.py", *flags("simsiam", out, *more)]
 
