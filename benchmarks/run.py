@@ -45,6 +45,9 @@ JOBS = {  # name of the log: (flags, after the script where it has another name;
         "DINO's step, 2 + 8 crops and a ViT-Ti, at least 95 % of its passes",
     ),
     "startup": ("", "a million files listed within seconds from the second start on"),
+    "memory": ("", "none: GB per GPU of every script's step, traced, not measured"),
+    "memory_check": ("memory.py --check", "a trace within 10 % of what the allocator gave"),
+    "accum": ("", "gradients are sent once per step, whatever --accum is"),
     "detection": (
         "--cpu-time --repeats 3 -- --arch resnet18 --width 0.25 --batch-size 4 --sizes 320 --test-size 320"
         " --anchors 32 64 96 128 192 --proposals 500 --rois 64",
