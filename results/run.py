@@ -29,8 +29,7 @@ RECIPES = {  # by name of the script, with more behind a hyphen where it has sev
     "simsiam": "--lr 0.24 --weight-decay 5e-4 --dim 512 --pred-dim 128",
     "simclr": "--lr 1 --lr-rule sqrt --warmup-epochs 1 --temperature 0.2 --color-strength 0.5 --crop-min 0.08",
     "simclrv2": "--lr 0.25 --warmup-epochs 1 --temperature 0.2 --color-strength 0.5 --crop-min 0.08 --memory 0",
-    "nnclr": "--dim 128 --hidden-dim 512 --pred-dim 512 --queue 2048 --lr 8 --warmup-epochs 1 --temperature 0.2"
-    " --crop-min 0.08",
+    "nnclr": "--dim 128 --hidden-dim 512 --pred-dim 512 --queue 4096 --lr 2 --warmup-epochs 1 --crop-min 0.2",
     "byol": "--optimizer sgd --lr 0.4 --weight-decay 5e-4 --tau 0.99 --hidden-dim 512 --warmup-epochs 1"
     " --crop-min 0.08",
     "moco": "--lr 0.12 --weight-decay 5e-4 --crop-min 0.2 --temperature 0.1 --queue 4096 --key-momentum 0.99",
