@@ -62,7 +62,7 @@ RECIPES = {  # by name of the script, with more behind a hyphen where it has sev
     " --hidden-dim 512 --bottleneck-dim 128 --warmup-epochs 1 --teacher-momentum 0.99 --head-norm"
     " --no-train-last-norm --teacher-temp 0.04 --lr 4e-3 --epochs 8",
     "simdino": "--local-crops 4 --out-dim 128 --hidden-dim 512 --warmup-epochs 1 --teacher-momentum 0.99 --head-norm"
-    " --group 8 --lr 0.2 --weight-decay 5e-4",
+    " --group 0 --lr 3 --weight-decay 5e-4",
     "esvit": "--local-crops 2 --out-dim 1024 --hidden-dim 512 --bottleneck-dim 128 --warmup-epochs 1 --head-norm"
     " --no-train-last-norm --teacher-momentum 0.99 --teacher-temp 0.04 --lr 4e-3 --epochs 8",
     "esvit-swin": "--arch swin_tiny --patch-size 2 --window 4 --drop-path 0 --local-crops 2 --out-dim 1024"
