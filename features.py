@@ -12,7 +12,9 @@ Written to --out, features/ beside the checkpoint by default:
 
 Images are seen as in the other evaluations: shorter side to 256, central 224 x 224 pixels (images of at most 64 pixels:
 no margin). The row of one that cannot be decoded, which a warning names, is not a number (NaN) in all columns. The rows
-do not depend on the number of processes. visualize.py draws pictures of them.
+do not depend on the number of processes. RankMe, the effective rank, and alpha, the slope of the spectrum, are printed
+of at most 10,000 evenly spaced rows: measures without labels, to compare networks of one width with each other.
+visualize.py draws pictures of the features.
 """
 
 import common.interrupt  # noqa: F401 (before torch)
@@ -28,7 +30,7 @@ from common.augment import EvalView
 from common.checkpoint import load_pretrained
 from common.datasets import only_numbers, open_split
 from common.distributed import any_process, barrier, end_processes, is_main, print0
-from common.features import Features, usual_interpolation
+from common.features import Features, spectrum, usual_interpolation
 from common.files import atomic, make_folder, result_folder, temporary
 from common.loader import agree_on_undecodable, eval_batches, eval_share
 from common.log import bar
@@ -90,7 +92,10 @@ def write_features(files, model, dataset, view, device, args, amp):
     if is_main():
         for file, shape in zip(files, shapes, strict=True):
             temporary(file).replace(file)
-            print0(f"{file}: {shape[0]:,} x {shape[1]:,}, {kind}")
+            rows = np.load(file, mmap_mode="r")[:: -(-shape[0] // 10_000)].astype(np.float32)
+            measures = spectrum(torch.from_numpy(rows[~np.isnan(rows).any(1)]))
+            text = "".join(f"   {name} {value:.4g}" for name, value in measures.items())
+            print0(f"{file}: {shape[0]:,} x {shape[1]:,}, {kind}{text}")
         if missing := sorted(dataset.undecodable):
             rows = ", ".join(map(str, missing[:5])) + (" ..." if len(missing) > 5 else "")
             print0(f"note: {len(missing):,} rows are NaN, their images cannot be decoded: {rows}")

@@ -43,7 +43,12 @@ def test_rows_are_the_features_of_the_paths(classes, tmp_path, capsys):
             np.testing.assert_allclose(found[row], maps[0].mean((1, 2)), atol=1e-5)
     written = [str(out / name) for name in ("features_feat5.npy", "features_feat2.npy", "paths.txt", "labels.npy")]
     assert sorted(map(str, out.iterdir())) == sorted(written)
-    assert [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()[2:]] == written
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert [line.partition(":")[0] for line in lines] == written
+    values = np.linalg.svd(found.astype(np.float64), compute_uv=False)
+    share = values / values.sum()
+    rank = float(lines[1].split("rankme ")[1].split()[0])
+    assert rank == pytest.approx(np.exp(-(share * np.log(share + 1e-30)).sum()), abs=0.01), "of feat2, 18 x 8"
 
     run("--data", classes, "--out", out, "--fp16")
     half = np.load(out / "features.npy")
