@@ -475,6 +475,8 @@ def main():
     print(f"largest batch per GPU whose trace fills at most {USABLE:.0%} of a card\n")
     show(COLUMNS)
     for script in args.scripts:
+        if args.recorded and script not in records:
+            continue
         if not args.recorded:
             records[script] = record(script, args.words, () if args.default else CARDS)
         show(row(records[script]))
