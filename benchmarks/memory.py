@@ -93,7 +93,7 @@ class Counter(TorchDispatchMode):
 
     peak: their sum when it was largest, at: {kind: bytes} then. What nobody has given a kind counts as an activation,
     as does all that comes and goes. torch.distributed._tools.mem_tracker.MemTracker counts the same (SimSiam's default:
-    5.859 GB, 5.424 of them activations) in twice the time, and refuses a network that is called twice.
+    5.859 GB, 5.424 of them activations), and refuses a network that is called twice.
     """
 
     def __init__(self, block=512):

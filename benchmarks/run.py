@@ -53,7 +53,10 @@ JOBS = {  # name of the log: (flags, after the script where it has another name;
         " --anchors 32 64 96 128 192 --proposals 500 --rois 64",
         "the input at most 20 % of training",
     ),
-    "segmentation": ("--cpu-time --repeats 3", "the input at most 20 % of training, memory does not grow with the images"),
+    "segmentation": (
+        "--cpu-time --repeats 3",
+        "the input at most 20 % of training, memory does not grow with the images",
+    ),
 }
 NEED_DATA = ("train", "detection", "segmentation")
 
