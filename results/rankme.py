@@ -76,6 +76,8 @@ if __name__ == "__main__":
         print(f"without RankMe, left out: {', '.join(without)}")
     for name, (_, points) in sorted(runs.items()):
         print(f"{name:<15} " + " -> ".join(f"RankMe {rank:6.1f}  k-NN {knn:5.1f}" for rank, knn in points))
-    rank, knn = np.array([points[-1] for _, points in runs.values()]).T
-    print(f"{len(runs)} runs, rank correlation {spearman(rank, knn):.2f}")
+    groups = {"all": list(runs.values()), "ResNets": [run for run in runs.values() if "resnet" in run[0]]}
+    for what, group in groups.items():
+        rank, knn = np.array([points[-1] for _, points in group]).T
+        print(f"{what}: {len(group)} runs, rank correlation {spearman(rank, knn):.2f}")
     draw(args.out, runs)
