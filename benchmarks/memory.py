@@ -320,7 +320,9 @@ def trace(script, words, processes=1, images=IMAGES, fake=True):
         if fake:
             as_on_cuda(stack)
             change(torch.Tensor, "numpy", numpy)
+            change(nn.init, "trunc_normal_", lambda tensor, *args, **options: tensor)  # draws until all values fit
             stack.enter_context(mock.patch.object(FakeTensor, "__deepcopy__", deepcopied, create=True))
+            change(FakeTensor, "__format__", lambda self, how: format(1.0, how))  # warnings print what they saw
             change(nn.Module, "to", lambda self, *args, **options: self)  # which has to exchange tensors' storage
             stack.enter_context(Fake())
         stack.enter_context(counter)

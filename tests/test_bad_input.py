@@ -30,7 +30,7 @@ from tests.helpers import (
 CASES = {
     "no data flag": ("", "--data"),
     "no such folder": ("--data /nowhere/at/all", "does not exist"),
-    "unknown arch": ("--arch resnet19", "unknown, expected one of"),
+    "unknown arch": ("--arch vit_giant", "unknown, expected one of"),
     "unknown flag": ("--batchsize 4", "--batchsize is unknown: did you mean --batch-size?"),
     "abbreviated flag": ("--batch=4", "did you mean --batch-size?"),
     "pasted flag": ("—num_workers 4", "did you mean --workers?"),

@@ -231,7 +231,7 @@ def test_start_says_what_was_chosen(name, tmp_path, capsys):
         ("deepcluster --dump-clusters /nowhere/x.csv", "--dump-clusters /nowhere/x.csv: its folder does not exist"),
         ("odc --clusters 10000", "--clusters 10000 for 64 images: use at most 6, "),
         ("odc --clusters 1", "argument --clusters: must be at least 2"),
-        ("odc --min-cluster 11", "--min-cluster 11: 64 images in 6 clusters need 2 or less"),
+        ("odc --min-cluster 17", "--min-cluster 17: 64 images in 4 clusters need 4 or less"),
         ("odc --centroid-every 0", "argument --centroid-every: must be greater than 0"),
         ("odc --dropout 1", "argument --dropout: must be less than 1"),
         ("odc --memory-momentum 1", "argument --memory-momentum: must be less than 1"),

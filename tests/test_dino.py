@@ -236,15 +236,17 @@ def official(path, model):
 def test_going_on_from_published_weights_keeps_or_renews_the_head(tmp_path, capsys):
     args = parsed("dino", *flags("dino", tmp_path))
     sizes = {"out_dim": args.out_dim, "hidden_dim": args.hidden_dim, "bottleneck_dim": args.bottleneck_dim}
-    model = dino.DINO(dino.transformer(args.arch, args.image_size, args.width), **sizes)
+    model = dino.DINO(dino.transformer(args.arch, args.image_size, args.width, depth=args.depth), **sizes)
     official(tmp_path / "file.pth", model)
-    fresh = dino.DINO(dino.transformer(args.arch, args.image_size, args.width), **sizes)
+    fresh = dino.DINO(dino.transformer(args.arch, args.image_size, args.width, depth=args.depth), **sizes)
     dino.init_head(tmp_path / "file.pth", fresh)
     assert "head        kept" in capsys.readouterr().out
     assert not different({k: 2 * v for k, v in model.head.state_dict().items()}, fresh.head.state_dict())
     fresh.reset_teacher()
     assert not different(fresh.head.state_dict(), fresh.teacher_head.state_dict())
-    other = dino.DINO(dino.transformer(args.arch, args.image_size, args.width), **sizes | {"out_dim": 9})
+    other = dino.DINO(
+        dino.transformer(args.arch, args.image_size, args.width, depth=args.depth), **sizes | {"out_dim": 9}
+    )
     dino.init_head(tmp_path / "file.pth", other)
     assert "fresh: that of the file has other sizes" in capsys.readouterr().out
     torch.save(model.backbone.state_dict(), tmp_path / "backbone.pth")
