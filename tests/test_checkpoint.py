@@ -63,8 +63,8 @@ def same(backbone, network):
     return torch.equal(backbone.eval()(IMAGES), network(IMAGES))
 
 
-def close(backbone, network, images=IMAGES):
-    torch.testing.assert_close(backbone.eval()(images), network(images), rtol=1e-4, atol=1e-4)
+def close(backbone, network, images=IMAGES, tolerance=1e-4):
+    torch.testing.assert_close(backbone.eval()(images), network(images), rtol=tolerance, atol=tolerance)
 
 
 def refused(capsys, path, content=None, **flags):
