@@ -24,9 +24,8 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """The longest file comes first, so that no process works on it alone at the end. With --script, what is left are the tests that have it as their parameter; those of the repository's shape ask
+    """With --script, what is left are the tests that have it as their parameter; those of the repository's shape ask
     for what a page of a paper has."""
-    items.sort(key=lambda item: item.path.stem != "test_scripts")
     if config.getoption("--script"):
         mine = [item for item in items if getattr(item, "callspec", None) and item.path.stem != "test_repository"]
         mine = [item for item in mine if item.callspec.params.get("script") in helpers.SCRIPTS]
