@@ -50,15 +50,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from common import augment, batchnorm, loader, log, run  # noqa: E402
+from tests.helpers import SCRIPTS  # noqa: E402
 
 GB, CARDS, USABLE = 2**30, (24, 80), 0.9
 IMAGES, GPUS = 1281167, 8
 LOG = ROOT / "results" / "benchmarks" / "memory.jsonl"
-SCRIPTS = (
-    "simsiam simclr nnclr simclrv2 barlowtwins vicreg directclr lejepa byol moco moco_ft mocov3 densecl pixpro interclr"
-    " npid deepcluster odc swav deepclusterv2 selav2 obow scan protoclr rotation_pred relative_loc"
-    " dino simdino esvit ibot mae ijepa simmim maskfeat cae"
-).split()
 WORDS = {"scan": "--pretrained random --clusters 1000", "cae": "--tokenizer dalle"}  # what has no default
 aten = torch.ops.aten
 
@@ -461,7 +457,7 @@ def show(cells):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("scripts", nargs="*", default=SCRIPTS, help="default: all")
+    parser.add_argument("scripts", nargs="*", default=list(SCRIPTS), help="default: all")
     parser.add_argument("--words", default="", help="more flags of the scripts; such traces are not recorded")
     parser.add_argument("--default", action="store_true", help="only the default batch: a fifth of the time")
     parser.add_argument("--check", action="store_true", help="a trace beside memory that was really used")

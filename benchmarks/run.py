@@ -46,6 +46,7 @@ JOBS = {  # name of the log: (flags, after the script where it has another name;
     ),
     "startup": ("", "a million files listed within seconds from the second start on"),
     "memory": ("", "none: GB per GPU of every script's step, traced, not measured"),
+    "memory_accum": ("memory.py simsiam --default --words '--accum 4'", "activations of one micro-batch"),
     "memory_check": ("memory.py --check", "a trace within 10 % of what the allocator gave"),
     "accum": ("", "gradients are sent once per step, whatever --accum is"),
     "detection": (
