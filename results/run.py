@@ -1,12 +1,14 @@
-"""Reproduces our rows of the results table: every method on 10,000 images of CIFAR-10, on a CPU.
+"""Reproduces our rows of the results tables: every method on 10,000 images of CIFAR-10, on a CPU; some on all 50,000.
 
     python results/run.py --data data/cifar10                 # all methods, then all evaluations, one after the other
     python results/run.py --data data/cifar10 simsiam linear-simsiam
+    python results/run.py --data data/cifar10 --whole simclr linear-simclr      # 50,000 images, 20 epochs
 
 --data is CIFAR-10 as a folder of images, train/<class>/*.jpg and test/<class>/*.jpg. The first 1,000 training and the
 first 200 test images of each class (by file name) are used. Each run is written to runs/results/<method>; its log.jsonl
 is copied to results/cifar10_subset/<method>.jsonl. Evaluations need the run of their method; their JSON is copied to
-results/cifar10_subset/<name>.json. `--table` prints the tables from the files that are there.
+results/cifar10_subset/<name>.json. With --whole: all images, 20 epochs instead of 15 (and of 8), runs/whole/<method>,
+results/cifar10_whole/; runs that were interrupted go on. `--table` prints the table of the logs that are there.
 """
 
 import argparse
@@ -20,11 +22,12 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LOGS = ROOT / "results" / "cifar10_subset"
 SHARED = "--arch resnet18 --width 0.25 --image-size 32 --batch-size 64 --epochs 15 --knn-every 5"
 SHARED += " --precision bf16 --workers 2 --log-every 39 --seed 0 --no-resume"
+WHOLE = " --epochs 20 --knn-every 10 --log-every 195 --resume"  # after a method's flags
 CAE = "--arch vit_tiny --width 0.5 --depth 4 --patch-size 4 --regressor-depth 1 --decoder-depth 1 --crop-min 0.2"
 CAE += " --drop-path 0 --lr 4e-3 --warmup-epochs 2"
+RUNS = "runs/results"
 RECIPES = {  # by name of the script, with more behind a hyphen where it has several
     "simsiam": "--lr 0.24 --weight-decay 5e-4 --dim 512 --pred-dim 128",
     "simclr": "--lr 1 --lr-rule sqrt --warmup-epochs 1 --temperature 0.2 --color-strength 0.5 --crop-min 0.08",
@@ -79,10 +82,13 @@ RECIPES = {  # by name of the script, with more behind a hyphen where it has sev
     "cae-hog": CAE + " --target hog",
 }
 LINEAR = "--protocol moco,simsiam,swav,multihead --epochs 10 --batch-size 256"
+SMALL = "--protocol small"
 FINETUNE = "--recipe plain --epochs 5 --warmup-epochs 1 --batch-size 64 --lr 4e-3 --layer-decay 0.75"
 EVALUATIONS = {  # name: (script, pre-trained network, flags)
     **{f"knn-{method}": ("eval_knn", f"runs/results/{method}/backbone.pt", "") for method in RECIPES},
     "knn-random": ("eval_knn", "random", "--arch resnet18 --width 0.25 --image-size 32"),
+    **{f"small-{method}": ("eval_linear", f"runs/results/{method}/backbone.pt", SMALL) for method in RECIPES},
+    "small-random": ("eval_linear", "random", "--arch resnet18 --width 0.25 --image-size 32 " + SMALL),
     "linear-simsiam": ("eval_linear", "runs/results/simsiam/backbone.pt", LINEAR),
     "linear-random": ("eval_linear", "random", "--arch resnet18 --width 0.25 --image-size 32 " + LINEAR),
     "cluster-simclr": ("eval_cluster", "runs/results/simclr/backbone.pt", ""),
@@ -100,13 +106,18 @@ EVALUATIONS = {  # name: (script, pre-trained network, flags)
 }
 
 
-def lists(data):
-    """Writes the two list files of the subset and returns the flags that use them."""
-    folder = ROOT / "runs" / "results"
+def places(whole):
+    """Folder of the runs and folder of what is kept of them."""
+    return ("runs/whole", ROOT / "results" / "cifar10_whole") if whole else (RUNS, ROOT / "results" / "cifar10_subset")
+
+
+def lists(data, whole):
+    """Writes the two list files of the images and returns the flags that use them."""
+    folder = ROOT / places(whole)[0]
     folder.mkdir(parents=True, exist_ok=True)
     flags = ["--data", data]
     for flag, split, most in (("--train-list", "train", 1000), ("--val-list", "test", 200)):
-        lines = []
+        lines, most = [], None if whole else most
         classes = sorted(os.listdir(Path(data) / split))
         for label, name in enumerate(classes):
             files = sorted(os.listdir(Path(data) / split / name))[:most]
@@ -116,33 +127,37 @@ def lists(data):
     return flags
 
 
-def run_script(method, data, out, flags):
-    words = [f"{method.partition('-')[0]}.py", *lists(data), *SHARED.split(), *flags.split(), "--out", out]
+def run_script(method, data, out, flags, whole):
+    flags = SHARED + " " + flags.replace(RUNS, places(whole)[0]) + WHOLE * whole
+    words = [f"{method.partition('-')[0]}.py", *lists(data, whole), *flags.split(), "--out", out]
     print(" ".join(words), flush=True)
     subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
 
 
-def run(method, data):
-    out = f"runs/results/{method}"
-    run_script(method, data, out, RECIPES[method])
-    LOGS.mkdir(parents=True, exist_ok=True)
-    shutil.copy(ROOT / out / "log.jsonl", LOGS / f"{method}.jsonl")
+def run(method, data, whole):
+    runs, logs = places(whole)
+    run_script(method, data, f"{runs}/{method}", RECIPES[method], whole)
+    logs.mkdir(parents=True, exist_ok=True)
+    shutil.copy(ROOT / runs / method / "log.jsonl", logs / f"{method}.jsonl")
 
 
-def evaluate(name, data):
+def evaluate(name, data, whole):
     script, pretrained, flags = EVALUATIONS[name]
+    runs, logs = places(whole)
     method, untrained, _ = Path(pretrained).parent.name.partition("-untrained")
     if untrained:  # the same network after one step of the warm-up, whose learning rate is next to 0
-        run_script(method, data, f"runs/results/{method}-untrained", f"{RECIPES[method]} --max-steps 1 --knn-every 0")
-    out = f"runs/results/{name}"
-    words = [f"{script}.py", "--pretrained", pretrained, *lists(data), *flags.split(), "--out", out]
+        run_script(method, data, f"{runs}/{method}-untrained", f"{RECIPES[method]} --max-steps 1 --knn-every 0", whole)
+    out = f"{runs}/{name}"
+    words = [f"{script}.py", "--pretrained", pretrained.replace(RUNS, runs), *lists(data, whole), *flags.split()]
+    words += ["--out", out]
     words += ["--precision", "bf16", "--workers", "2"]
     print(" ".join(words), flush=True)
     subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
     result = json.loads((ROOT / out / f"{script}.json").read_text())
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
     result = {"command": " ".join(words), "commit": commit.stdout.strip(), **result}
-    (LOGS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    logs.mkdir(parents=True, exist_ok=True)
+    (logs / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
 
 
 def row(path):
@@ -150,21 +165,24 @@ def row(path):
     records = [json.loads(line) for line in path.read_text().splitlines()]
     knn = [(r["step"], r["knn"]) for r in records if "knn" in r]
     steps = [r for r in records if "loss" in r]
-    seconds = 156 * 64 / statistics.median(r["images_per_s"] for r in steps)
+    images = records[0]["args"]["batch_size"] * steps[-1]["step"] / steps[-1]["epoch"]
+    seconds = images / statistics.median(r["images_per_s"] for r in steps)
     return path.stem, knn[0][1], knn[-1][1], seconds, records[0]["commit"]
 
 
-def table():
-    print("| method | k-NN at random | after 15 epochs | seconds per epoch | commit |\n|---|---|---|---|---|")
-    for path in sorted(LOGS.glob("*.jsonl")):
+def table(whole):
+    logs = places(whole)[1]
+    print("| method | k-NN at random | at the end | seconds per epoch | commit |\n|---|---|---|---|---|")
+    for path in sorted(logs.glob("*.jsonl")):
         method, start, end, seconds, commit = row(path)
-        print(f"| [{method}](cifar10_subset/{path.name}) | {start:.1f} | {end:.1f} | {seconds:.0f} | {commit} |")
+        print(f"| [{method}]({logs.name}/{path.name}) | {start:.1f} | {end:.1f} | {seconds:.0f} | {commit} |")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("methods", nargs="*", default=[*RECIPES, *EVALUATIONS], help="default: all")
     parser.add_argument("--data", default="data/cifar10")
+    parser.add_argument("--whole", action="store_true", help="all 50,000 images, 20 epochs")
     parser.add_argument("--table", action="store_true", help="only print the table of the logs that are there")
     args = parser.parse_args()
     known = [*RECIPES, *EVALUATIONS]
@@ -175,5 +193,5 @@ if __name__ == "__main__":
             sys.exit(f"error: --data {args.data} has no train/ and test/ folders: CIFAR-10 as image files is needed")
         print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores", flush=True)
         for method in args.methods:
-            (run if method in RECIPES else evaluate)(method, args.data)
-    table()
+            (run if method in RECIPES else evaluate)(method, args.data, args.whole)
+    table(args.whole)
