@@ -1,32 +1,40 @@
-"""The training step of every method beside its floor: the passes through the networks that its definition asks for.
+"""The training step of every script beside its floor: the network calls that this very step makes.
 
     python benchmarks/step.py
     python benchmarks/step.py --only moco byol --augment
+    python benchmarks/step.py --only moco --words "--bn-splits 1"
     python benchmarks/step.py --device cuda --arch resnet50 --width 1 --image-size 224 --batch-size 256 \\
-        --vit vit_base --vit-width 1 --depth 12 --patch-size 16 --images 1281167
+        --vit vit_base --swin swin_base --vit-width 1 --depth 12 --patch-size 16 --images 1281167
 
 Runs each script's own `main`, with a loader that gives the same views, made beforehand, again and again. So what is
 timed is the loop as it is, with heads, loss, backward pass, optimiser, moving averages, queues, memories and log, but
-without images to load, decode, crop and, unless --augment is given, to augment. Whenever the script asks for the next
-batch, the loader first times the floor, so that both take turns: forward and backward passes of a copy of the backbone
-on the same views, nothing else (MAE: encoder on the visible tokens, and decoder; DINO: student on all crops and teacher
-on the large ones, with their heads; its K is 65,536 times the width). The memories of npid, deepcluster
-and odc have the size that N images need (--images; the default is CIFAR-10's number) and start from random features
-instead of those of a pass over the images. Heads are as narrow as the backbone is. SwAV's queue, which its recipe uses
-from epoch 15 on, is empty. ODC's clusters get new centroids once per repeat.
+without images to load, decode, crop and, unless --augment is given, to augment.
 
-A loss that is not finite ends the script with an error, and so the benchmark.
+The floor is a replay. During one step before those that count, every call of a network is noted that the script's model
+makes, or the script itself: the outermost modules below the model (backbone, projector, predictor, teacher; of a ViT
+that is given a part of the patches, its blocks), with their inputs, and which outputs a gradient came back to. Whenever
+the script asks for the next batch, the loader makes all these calls again under the same autocast, on copies of the
+networks, and sends random gradients back to where some came; so step and floor take turns. What a step takes beyond
+this is loss, optimiser, moving averages, queues, memories, masks and what is computed between two modules. The
+backbones' share is that of their calls alone.
+
+Networks: ResNets, ViTs or Swins, as the script has them by default, at the sizes that the flags say; `NAME vit` is a
+script that takes both, with a ViT. Heads are as narrow as the backbone is. Memories have the size that N images need
+(--images; the default is CIFAR-10's number) and start from random features instead of those of a pass over the images;
+deepclusterv2 and selav2 begin after the first step of their epoch, with random labels, cae's codebook of
+--target kmeans is empty. scan finds no neighbours, and its second views are those of the same images. SwAV's queue,
+which its recipe uses from epoch 15 on, is empty. Clusters of odc and interclr get new centroids once per repeat.
+
+Recorded inputs of one step and copies of the networks stay in memory beside the step.
 """
 
 import contextlib
 import copy
 import dataclasses
-import functools
 import importlib
 import io
-import json
-import signal
-import statistics
+import math
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -34,47 +42,110 @@ from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.memory import SPECIAL, Images
 from benchmarks.timing import clock, machine, parser, settle
-from common import loader, rng, run
+from common import loader, log, rng, run
 from common.augment import DRAWS, augment, to_device
-from common.features import by_size
-from common.optim import precision
+from tests.helpers import SCRIPTS
 
-WARMUP = 2  # steps before the first that counts
-# What a method has by definition: passes with gradient, passes without, on these views; and flags of the script's heads
-# that are scaled by --width.
-TWO = ([0, 1], [])
-METHODS = {
-    "simsiam": (TWO, {"dim": 2048, "pred-dim": 512}),
-    "simclr": (TWO, {"dim": 128}),
-    "barlowtwins": (TWO, {"dim": 8192}),
-    "byol": (([0, 1], [0, 1]), {"dim": 256, "hidden-dim": 4096}),
-    "moco": (([0], [1]), {"dim": 128}),
-    "mocov3": (([0, 1], [0, 1]), {"dim": 256, "hidden-dim": 4096}),
-    "mocov3 vit": (([0, 1], [0, 1]), {"dim": 256, "hidden-dim": 4096}),
-    "swav": ("every", {"dim": 128, "hidden-dim": 2048}),
-    "npid": (([0], []), {"dim": 128}),
-    "deepcluster": (([0], []), {}),
-    "odc": (([0], []), {"dim": 256, "hidden-dim": 512}),
-    "mae": ("whole", {"decoder-dim": 512}),
-    "dino": ("crops", {"out-dim": 65536, "hidden-dim": 2048, "bottleneck-dim": 256}),
-    "dino vit": ("crops", {"out-dim": 65536, "hidden-dim": 2048, "bottleneck-dim": 256}),
-}
-TOGETHER = ("simclr", "swav")  # views of one size pass the backbone as one batch
+WARMUP = 2  # steps before the first that counts; calls are noted in the last of them
+WORDS = {"scan": "--pretrained random --clusters 1000", "cae": "--target kmeans"}
+UNUSED = {}
+HEADS = ("dim", "hidden_dim", "pred_dim", "out_dim", "bottleneck_dim", "decoder_dim", "predictor_dim")
+LATER = ("deepclusterv2", "selav2", "cae")  # would pass over all images before the first step, but not on resuming
+CALL = nn.Module.__call__
 
 
-class Nothing:
-    """A data set of n images that nobody reads."""
-
-    def __init__(self, n):
-        self.n, self.labels, self.classes = n, None, None
-
-    def __len__(self):
-        return self.n
+class Done(Exception):
+    """All steps have been timed."""
 
 
+def tensors(tree):
+    return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+
+def fresh(x):
+    """The same numbers, in no graph."""
+    return x.detach().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
+
+
+@dataclasses.dataclass
+class Call:
+    """One call of a module: its inputs, whether gradients were on, and of its outputs the places that got one."""
+
+    module: nn.Module
+    inputs: tuple
+    grad: bool
+    autocast: bool
+    backbone: bool
+    reached: set = dataclasses.field(default_factory=set)
+
+
+class Replay:
+    """The calls of networks below a model, noted in one step, to be made again."""
+
+    def __init__(self, model, amp):
+        self.model, self.amp, self.calls, self.gradients, self.inside = model, amp, [], {}, False
+        self.kind = next(model.parameters()).device.type
+        self.backbones = {id(m) for name, m in model.named_modules() if "backbone" in name}
+
+    @contextlib.contextmanager
+    def noting(self):
+        """While this is entered, calls are noted; afterwards their networks are copied."""
+        with mock.patch.object(nn.Module, "__call__", lambda module, *args, **more: self.note(module, args, more)):
+            yield
+        copies = copy.deepcopy([call.module for call in self.calls])  # one copy of what is called twice
+        for call, module in zip(self.calls, copies, strict=True):
+            call.module = module
+            if hasattr(module, "inplace"):  # its input has no graph that it could be written into
+                module.inplace = False
+        self.parameters = {p for module in copies for p in module.parameters()}
+
+    def note(self, module, args, more):
+        if self.inside or module is self.model:
+            return CALL(module, *args, **more)
+        states = torch.is_grad_enabled(), torch.is_autocast_enabled(self.kind)
+        call = Call(module, tree_map(fresh, (args, more)), *states, id(module) in self.backbones)
+        self.calls.append(call)
+        self.inside = True
+        try:
+            outputs = CALL(module, *args, **more)
+        finally:
+            self.inside = False
+        for place, x in enumerate(tensors(outputs)):
+            if x.requires_grad:
+                x.register_hook(lambda _, place=place: call.reached.add(place))
+        return outputs
+
+    def make(self, backbones):
+        """Makes the calls of backbones, or all others."""
+        outputs = []
+        with self.amp:
+            for call in (call for call in self.calls if call.backbone == backbones):
+                args, more = tree_map(fresh, call.inputs)
+                off = contextlib.nullcontext() if call.autocast else torch.autocast(self.kind, enabled=False)
+                with torch.set_grad_enabled(call.grad), off:
+                    found = tensors(call.module(*args, **more))
+                outputs += [found[place] for place in sorted(call.reached)]
+        if outputs:
+            torch.autograd.backward(outputs, [self.gradient(x) for x in outputs])
+        for p in self.parameters:
+            p.grad = None
+
+    def gradient(self, x):
+        """Random numbers, drawn once: for many outputs drawing them is some percent of the passes."""
+        key = (x.shape, x.stride(), x.dtype)
+        if key not in self.gradients:
+            self.gradients[key] = torch.randn_like(x)
+        return self.gradients[key]
+
+
+# ---------------------------------------------------------------------------------------------------------- run
 @dataclasses.dataclass
 class Ready(loader.Batch):
     """A batch whose views exist already, unless `made` is None."""
@@ -85,14 +156,13 @@ class Ready(loader.Batch):
         return super().views() if self.made is None else self.made
 
 
-class Timer(loader.Loader):
-    """The loader of a script: takes the time between two batches, which is that of a step, and that of the floor."""
+class Views(loader.Loader):
+    """The same views and random numbers again and again, of other images each time."""
 
-    options, floor, timed = None, None, None  # set by `timed_run`
-    watch = staticmethod(lambda step: contextlib.nullcontext())  # around each step, for a profiler
+    options = None  # set by `timed_run`
 
     def epoch(self, epoch, start=0, order=None):
-        device, generator, seconds = self.pool.device, torch.Generator().manual_seed(0), clock(self.options)
+        device, generator = self.pool.device, torch.Generator().manual_seed(0)
         images = [
             torch.randint(0, 256, (self.local, v.size, v.size, 3), dtype=torch.uint8, generator=generator)
             for v in self.specs
@@ -100,145 +170,137 @@ class Timer(loader.Loader):
         images = [to_device(x, device).permute(0, 3, 1, 2) for x in images]
         shuffled = rng.permutation(self.seed, epoch, len(self.dataset)) if order is None else order
         plain = [augment(x, [], v.mean, v.std, self.dtype) for x, v in zip(images, self.specs, strict=True)]
-        sizes = np.array([images[0].shape[2:]] * self.local)
+        keys, sizes = shuffled[: self.local], np.array([images[0].shape[2:]] * self.local)
+        draws = np.stack([rng.uniforms(self.seed, epoch, keys, stream, DRAWS) for stream in self.streams])
+        rest = (keys, draws, sizes, self.seed, epoch, self.dtype, None if self.options.augment else plain)
         for step in range(start, self.epoch_steps):
-            keys = shuffled[step * self.local : (step + 1) * self.local]
-            indices = to_device(torch.from_numpy(keys), device)
-            draws = np.stack([rng.uniforms(self.seed, epoch, keys, stream, DRAWS) for stream in self.streams])
-            rest = (torch.zeros_like(indices), indices, keys, draws, sizes, self.seed, epoch, self.dtype)
-            batch = Ready(images, self.specs, *rest, None if self.options.augment else plain)
+            indices = to_device(torch.from_numpy(shuffled[step * self.local : (step + 1) * self.local]), device)
+            yield Ready(images, self.specs, torch.zeros_like(indices), indices, *rest)
+
+
+class Timer(Views):
+    """The loader of a script: takes the time between two batches, which is that of a step, and those of the floor."""
+
+    replay, timed = None, None  # set by `timed_run`
+    watch = staticmethod(lambda step: contextlib.nullcontext())  # around each step, for a profiler
+
+    def epoch(self, epoch, start=0, order=None):
+        options, device = self.options, self.pool.device
+        seconds = clock(options)
+
+        def lap():
             settle(device)
-            began = seconds()
-            with self.watch(step):
+            return seconds()
+
+        for step, batch in enumerate(super().epoch(epoch, start, order)):
+            laps = [lap()]
+            with self.replay.noting() if step == WARMUP - 1 else self.watch(step):
                 yield batch
-                settle(device)
-            middle = seconds()
-            self.floor(plain)
-            settle(device)
-            self.timed.append((middle - began, seconds() - middle))
+                laps.append(lap())
+            for backbones in (True, False) if step >= WARMUP - 1 else ():
+                self.replay.make(backbones)
+                laps.append(lap())
+            if step >= WARMUP:
+                self.timed.append(tuple(np.diff(laps)))
+            if len(self.timed) == options.steps * options.repeats:
+                raise Done
 
 
-def floor_of(name, model, amp):
-    """A function of the views that makes the passes a method cannot do without."""
-    passes = METHODS[name][0]
-    if passes == "whole":
-        model = copy.deepcopy(model)
-
-        def mae(views):
-            noise = torch.rand(len(views[0]), model.backbone.grid[0] * model.backbone.grid[1], device=views[0].device)
-            with amp:
-                prediction, _ = model(views[0], noise)
-            backward(model, prediction)
-
-        return mae
-    if passes == "crops":
-        model = copy.deepcopy(model)
-
-        def dino(views):
-            with amp:
-                student, _ = model(views)
-            backward(model, student)
-
-        return dino
-    network = copy.deepcopy(model.backbone)
-    for module in network.modules():
-        if hasattr(module, "splits"):  # MoCo's groups of a batch: bare batch norm instead
-            module.splits = 1
-
-    def passing(views):
-        trained, frozen = passes if passes != "every" else (range(len(views)), [])
-        views, trained = [views[v] for v in frozen], [views[v] for v in trained]
-        with amp:
-            features = by_size(network, trained) if name in TOGETHER else [network(x) for x in trained]
-            with torch.no_grad():
-                [network(x) for x in views]
-        backward(network, *features)
-
-    return passing
-
-
-@functools.lru_cache(maxsize=4)
-def gradient(shape, dtype, device):
-    """Random numbers, drawn once: for many outputs drawing them is some percent of the passes."""
-    return torch.randn(shape, dtype=dtype, device=device)
-
-
-def backward(model, *outputs):
-    """Sends random gradients through outputs, as no loss is to be computed."""
-    torch.autograd.backward(outputs, [gradient(x.shape, x.dtype, x.device) for x in outputs])
-    model.zero_grad()
-
-
-def flags(name, args, folder):
-    script, _, vit = name.partition(" ")
-    words = f"--data none --knn-every 0 --save-every 1e6 --workers 0 --device {args.device}"
-    words += (
-        f" --precision {args.precision} --image-size {args.image_size} --batch-size {args.batch_size} --out {folder}"
-    )
-    words += f" --max-steps {WARMUP + args.steps * args.repeats + 1}"  # the last one is not timed
-    width = args.width
-    if vit or script == "mae":
-        width = args.vit_width
-        words += f" --arch {args.vit} --patch-size {args.patch_size} --depth {args.depth}"
-        heads = max(1, round(16 * width))
-        words += f" --pictures-every 0 --decoder-heads {heads}" if script == "mae" else ""
-    else:
-        words += f" --arch {args.arch}" + (f" --centroid-every {args.steps}" if script == "odc" else "")
-    heads = " ".join(f"--{flag} {max(8, round(value * width))}" for flag, value in METHODS[name][1].items())
-    return f"{words} --width {width} {heads}".split()
+def words_of(name, args):
+    """The command line of a script: its networks as wide as the flags say."""
+    script, _, kind = name.partition(" ")
+    parse, own = importlib.import_module(script).parse_args, shlex.split(WORDS.get(script, ""))
+    usual = parse(["--data", "none", *own])
+    arch = usual.arch or "resnet50"
+    kind = kind or next((k for k in ("resnet", "vit", "swin") if arch.startswith(k)), "")
+    width = args.width if kind in ("resnet", "") else args.vit_width
+    own += ["--width", width, *([] if not kind else ["--arch", {"resnet": args.arch}.get(kind) or getattr(args, kind)])]
+    own += ["--patch-size", args.patch_size, "--depth", args.depth] if kind == "vit" else []
+    own += ["--decoder-heads", max(1, round(16 * width))] if hasattr(usual, "decoder_heads") else []
+    own += ["--pictures-every", 0] if hasattr(usual, "pictures_every") else []
+    own += ["--centroid-every", args.steps] if hasattr(usual, "centroid_every") else []
+    for head in HEADS:
+        if (value := getattr(usual, head, None)) and head not in UNUSED.get(script, ()):
+            own += [f"--{head.replace('_', '-')}", max(8, round(value * width))]
+    common = f"--data none --knn-every 0 --save-every 1e6 --workers 0 --device {args.device}"
+    common += f" --precision {args.precision} --image-size {args.image_size} --batch-size {args.batch_size}"
+    return [*common.split(), *map(str, own), *shlex.split(args.words)]
 
 
 def timed_run(name, args):
-    """Returns the seconds of each step and of its floor, [(step, floor), ...], and the losses that were logged."""
-    script = importlib.import_module(name.split()[0])
-    amp, _, _ = precision(args.precision, args.device)
-    Timer.options, Timer.timed = args, []
+    """Returns the seconds of each step, of the replay of its backbones and of that of the rest, [(step, backbones,
+    rest), ...], and the last loss."""
+    script, losses = importlib.import_module(name.split()[0]), []
+    Views.options, Timer.timed = args, []
+    start, logging = run.Run.start, run.Run.log
 
-    def parallel(model):
-        Timer.floor = staticmethod(floor_of(name, model, amp))
-        return model
+    def started(self, model, *rest, **lines):
+        net = start(self, model, *rest, **lines)
+        Timer.replay = Replay(self.net, self.amp)
+        if name.split()[0] in LATER:
+            self.step, self.resumed = 1, True
+            if hasattr(model, "labels"):
+                model.labels.random_(2)
+        return net
+
+    def logged(self, lr, **monitors):
+        losses[:] = [self.loss]
+        logging(self, lr, **monitors)
 
     def random_features(model, data, view, device, *rest, **more):
-        return torch.randn(len(data), model.dim, device=device), None
+        return F.normalize(torch.randn(len(data), model.dim, device=device), dim=1), None
 
-    def no_images(data, split, *rest, **more):
-        return Nothing(args.images) if split == "train" else None
-
-    made = {"Loader": Timer, "parallel": parallel, "open_dataset": no_images, "save_views": lambda *rest: None}
-    changed = mock.patch.multiple(run, **made)
-    if hasattr(script, "extract"):  # what deepcluster and odc cluster before the first step
-        clustered = mock.patch.object(script, "extract", random_features)
-    else:
-        clustered = contextlib.nullcontext()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with tempfile.TemporaryDirectory() as folder, changed, clustered:
+    with contextlib.ExitStack() as stack:
+        change = lambda *args: stack.enter_context(mock.patch.object(*args))  # noqa: E731
+        change(run, "open_dataset", lambda data, split, *_, **more: Images(args.images) if split == "train" else None)
+        change(run, "save_views", lambda *args: None)
+        change(run, "Loader", Timer)
+        change(run.Run, "start", started)
+        change(run.Run, "log", logged)
+        change(log, "Stop", lambda: mock.Mock(flag=False))
+        special = {"extract": random_features, "Loader": Views} | (SPECIAL[name] if name == "scan" else {})
+        special |= {key: lambda *args, **more: None for key in vars(script) if key.startswith("save_")}
+        if hasattr(script, "step_masks"):  # ijepa's blocks: of the same size in all steps, as the floor has them
+            masks = script.step_masks
+            special["step_masks"] = lambda seed, epoch, step, _, keys, *a, **b: masks(seed, 0, 0, keys, keys, *a, **b)
+        for key, value in special.items():
+            if hasattr(script, key):
+                change(script, key, value)
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        errors = stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
         try:
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
-                script.main(script.parse_args(flags(name, args, folder)))
-        except SystemExit as end:  # warnings of views that never change are no news, errors are
-            sys.exit(f"{name} ended with code {end.code}\n{errors.getvalue()}")
-        lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
-    for number, handler in handlers.items():  # the script's own would only ask for the end of a step
-        signal.signal(number, handler)
-    return Timer.timed[WARMUP:], [line["loss"] for line in lines if "loss" in line]
+            script.main(script.parse_args([*words_of(name, args), "--out", folder]))
+        except Done:
+            pass
+        except SystemExit:
+            raise RuntimeError(errors.getvalue().strip().splitlines()[-1]) from None
+    if not math.isfinite(loss := losses[-1].item()):
+        raise RuntimeError("the loss is not finite")
+    return Timer.timed, loss
 
 
 def parse_args(argv=None):
     words = parser(__doc__, repeats=5)
-    words.add_argument("--only", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
+    names = [name for script in SCRIPTS for name in [script, *[f"{script} vit"] * (script == "mocov3")]]
+    words.add_argument("--only", nargs="+", default=names, metavar="NAME")
+    words.add_argument("--words", default="", help="more flags of the scripts")
     words.add_argument("--arch", default="resnet18")
     words.add_argument("--width", type=float, default=0.25, help="multiplier of the channels, and of the heads")
     words.add_argument("--image-size", type=int, default=32)
     words.add_argument("--batch-size", type=int, default=64)
     words.add_argument("--images", type=int, default=50000, help="N, of the memories")
-    words.add_argument("--vit", default="vit_tiny", help="of mae and mocov3 vit")
-    words.add_argument("--vit-width", type=float, default=0.25)
-    words.add_argument("--depth", type=int, default=6)
-    words.add_argument("--patch-size", type=int, default=4)
+    words.add_argument("--vit", default="vit_tiny")
+    words.add_argument("--swin", default="swin_tiny")
+    words.add_argument("--vit-width", type=float, default=0.25, help="of both, and of the heads")
+    words.add_argument("--depth", type=int, default=6, help="of ViTs")
+    words.add_argument("--patch-size", type=int, default=4, help="of ViTs")
     words.add_argument("--augment", action="store_true", help="with the augmentation on the device")
     words.add_argument("--precision", default="auto")
     words.add_argument("--steps", type=int, default=5, help="per repeat")
     args = words.parse_args(argv)
+    if unknown := {name.removesuffix(" vit") for name in args.only} - set(SCRIPTS):
+        words.error(f"--only {', '.join(sorted(unknown))}: expected {', '.join(names)}")
     if WARMUP + args.steps * args.repeats >= args.images // args.batch_size:
         words.error("--images: all steps have to fit into one epoch")
     return args
@@ -247,22 +309,27 @@ def parse_args(argv=None):
 def main():
     args = parse_args()
     print(machine(args.device))
-    print(f"{args.arch}, width {args.width}, {args.vit}, width {args.vit_width}, {args.depth} blocks,", end=" ")
-    print(f"{args.patch_size} px patches; {args.image_size} px, batch {args.batch_size}, {args.precision} precision")
+    print(f"{args.arch}, width {args.width}; {args.vit}, {args.depth} blocks, {args.patch_size} px patches,", end=" ")
+    print(f"and {args.swin}, width {args.vit_width}; {args.image_size} px, batch {args.batch_size},", end=" ")
+    print(f"{args.precision} precision {args.words}".rstrip())
     print(f"medians of {args.repeats} repeats of {args.steps} steps, N = {args.images:,}", end="")
     print(", augmentation included" if args.augment else ", views made beforehand", end="")
     print(", CPU time of all threads" if args.cpu_time else "")
-    print(f"\n{'':<12}{'images/s':>10}{'min - max':>16}{'floor':>8}{'share of it':>13}{'ms beyond it':>14}{'loss':>10}")
+    print(f"\n{'':<14}{'images/s':>9}{'min - max':>14}{'floor':>8}{'share of it':>13}", end="")
+    print(f"{'backbones':>11}{'ms beyond it':>14}{'loss':>10}")
     for name in args.only:
-        timed, losses = timed_run(name, args)
-        parts = [timed[i * args.steps : (i + 1) * args.steps] for i in range(args.repeats)]
-        step, floor = ([sum(pair[k] for pair in part) / args.steps for part in parts] for k in (0, 1))
-        speed = sorted(args.batch_size / s for s in step)
-        share = statistics.median(f / s for f, s in zip(floor, step, strict=True))
-        beyond = 1000 * statistics.median(s - f for f, s in zip(floor, step, strict=True))
+        try:
+            timed, loss = timed_run(name, args)
+        except Exception as error:
+            print(f"{name:<14}  not run: {error}", flush=True)
+            continue
+        parts = np.array(timed).reshape(args.repeats, args.steps, 3).mean(1)
+        step, backbones, floor = parts[:, 0], parts[:, 1], parts[:, 1] + parts[:, 2]
+        speed = args.batch_size / step
         print(
-            f"{name:<12}{statistics.median(speed):>10.0f}{f'{speed[0]:.0f} - {speed[-1]:.0f}':>16}"
-            f"{args.batch_size / statistics.median(floor):>8.0f}{share:>13.0%}{beyond:>14.1f}{losses[-1]:>10.3f}",
+            f"{name:<14}{np.median(speed):>9.0f}{f'{speed.min():.0f} - {speed.max():.0f}':>14}"
+            f"{args.batch_size / np.median(floor):>8.0f}{np.median(floor / step):>13.0%}"
+            f"{np.median(backbones / step):>11.0%}{1000 * np.median(step - floor):>14.1f}{loss:>10.3f}",
             flush=True,
         )
     print(f"\nafter: {machine(args.device)}")

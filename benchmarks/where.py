@@ -82,7 +82,7 @@ def profile_steps(words):
         total = sum(spent.values())
         shares = "".join(f"{spent[kind] / total:>13.0%}" for kind in [*KINDS, "rest"])
         most = ", ".join(f"{key.removeprefix('aten::')} {own / total:.0%}" for key, own in rest.most_common(4))
-        print(f"{name:<12}{1000 * statistics.median(t for t, _ in timed):>9.0f}{shares}  {most}", flush=True)
+        print(f"{name:<12}{1000 * statistics.median(t for t, *_ in timed):>9.0f}{shares}  {most}", flush=True)
 
 
 def profile_augment(words):
