@@ -23,7 +23,7 @@ script that takes both, with a ViT. Heads are as narrow as the backbone is. Memo
 (--images; the default is CIFAR-10's number) and start from random features instead of those of a pass over the images;
 deepclusterv2 and selav2 begin after the first step of their epoch, with random labels, cae's codebook of
 --target kmeans is empty. scan finds no neighbours, and its second views are those of the same images. SwAV's queue,
-which its recipe uses from epoch 15 on, is empty. Clusters of odc and interclr get new centroids once per repeat.
+which its recipe uses from epoch 15 on, is empty. With less than 9 steps odc and interclr get no new centroids.
 
 Recorded inputs of one step and copies of the networks stay in memory beside the step.
 """
@@ -31,6 +31,7 @@ Recorded inputs of one step and copies of the networks stay in memory beside the
 import contextlib
 import copy
 import dataclasses
+import functools
 import importlib
 import io
 import math
@@ -55,7 +56,6 @@ from tests.helpers import SCRIPTS
 
 WARMUP = 2  # steps before the first that counts; calls are noted in the last of them
 WORDS = {"scan": "--pretrained random --clusters 1000", "cae": "--target kmeans"}
-UNUSED = {}
 HEADS = ("dim", "hidden_dim", "pred_dim", "out_dim", "bottleneck_dim", "decoder_dim", "predictor_dim")
 LATER = ("deepclusterv2", "selav2", "cae")  # would pass over all images before the first step, but not on resuming
 CALL = nn.Module.__call__
@@ -218,9 +218,8 @@ def words_of(name, args):
     own += ["--patch-size", args.patch_size, "--depth", args.depth] if kind == "vit" else []
     own += ["--decoder-heads", max(1, round(16 * width))] if hasattr(usual, "decoder_heads") else []
     own += ["--pictures-every", 0] if hasattr(usual, "pictures_every") else []
-    own += ["--centroid-every", args.steps] if hasattr(usual, "centroid_every") else []
     for head in HEADS:
-        if (value := getattr(usual, head, None)) and head not in UNUSED.get(script, ()):
+        if value := getattr(usual, head, None):
             own += [f"--{head.replace('_', '-')}", max(8, round(value * width))]
     common = f"--data none --knn-every 0 --save-every 1e6 --workers 0 --device {args.device}"
     common += f" --precision {args.precision} --image-size {args.image_size} --batch-size {args.batch_size}"
@@ -259,6 +258,8 @@ def timed_run(name, args):
         change(run.Run, "log", logged)
         change(log, "Stop", lambda: mock.Mock(flag=False))
         special = {"extract": random_features, "Loader": Views} | (SPECIAL[name] if name == "scan" else {})
+        if "kmeans" in vars(script):  # of random features, for which one iteration will do
+            special["kmeans"] = functools.partial(script.kmeans, iterations=1)
         special |= {key: lambda *args, **more: None for key in vars(script) if key.startswith("save_")}
         if hasattr(script, "step_masks"):  # ijepa's blocks: of the same size in all steps, as the floor has them
             masks = script.step_masks
