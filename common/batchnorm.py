@@ -112,4 +112,6 @@ def split_batch_norm(model, splits):
 def average_statistics(model):
     """Replaces running statistics by their mean over processes: as they add up linearly, now and then is enough."""
     statistics = [buffer for name, buffer in model.named_buffers() if "running" in name]
+    if not statistics:  # a network of layer norms
+        return
     torch._foreach_copy_(statistics, process_mean(torch.cat(statistics)).split([len(b) for b in statistics]))

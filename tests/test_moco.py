@@ -239,6 +239,7 @@ def test_statistics_become_the_mean_over_processes(monkeypatch):
     batchnorm.average_statistics(model)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name] * (2 if "running" in name else 1)), name
+    batchnorm.average_statistics(nn.LayerNorm(4))  # as in torchvision's ConvNeXt: none to average
 
 
 # -------------------------------------------------------------------------------------------------- versions
