@@ -682,7 +682,7 @@ def train(args, probes, source, state, check, device):
         progress.close()
         state.save(step)  # a run that is killed during the evaluation repeats only that
         if stop.requested(device):
-            stop.end(step, state.path)
+            stop.end(step, state.path, args.resume)
     if step == total:
         state.save(step, complete=True)
     else:  # cut short: what was saved goes on from here, without this evaluation

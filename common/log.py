@@ -49,9 +49,10 @@ class Stop:
         """The same answer on every process (a collective when there are several)."""
         return any_process(self.flag, device)
 
-    def end(self, step, where):
-        """Ends the program after a signal; everything has been saved in `where`."""
-        print0(f"stopped at step {step}, all saved in {where}: run the same command again to continue")
+    def end(self, step, where, resume=True):
+        """Ends the program after a signal; everything has been saved in `where`, from which `resume` will continue."""
+        again = "run the same command again" if resume else "run the same command without --no-resume"
+        print0(f"stopped at step {step}, all saved in {where}: {again} to continue")
         end_processes()
         raise SystemExit(self.CODE)
 
@@ -222,7 +223,7 @@ class Logger:
     def end(self, step):
         """Ends the program after a signal; everything has been saved."""
         self.close()
-        self.stop.end(step, self.args.out)
+        self.stop.end(step, self.args.out, self.args.resume)
 
     def close(self):
         if self.bar is not None:

@@ -33,6 +33,16 @@ def test_collapse_is_warned_of_once(tmp_path, capsys):
     assert "collapse" in warning and "std 0.050" in warning and "Lower --lr" in warning
 
 
+@pytest.mark.parametrize("flag, again", [("--resume", "again"), ("--no-resume", "without --no-resume")])
+def test_stopped_run_names_the_command_that_continues_it(flag, again, tmp_path, capsys):
+    """With --no-resume the same command would start at the first step."""
+    run = Logger(parsed("simsiam", "--out", tmp_path, flag), types.SimpleNamespace(waited=0.0), 100, 0)
+    with pytest.raises(SystemExit) as stopped:
+        run.end(3)
+    assert stopped.value.code == 75
+    assert f"step 3, all saved in {tmp_path}: run the same command {again} to continue" in capsys.readouterr().out
+
+
 def test_loss_of_chance_is_warned_of_after_five_epochs(tmp_path, capsys):
     run = logger(tmp_path, chance=4.0)
     run.log(10, 1.0, 4.0, 0.1)
