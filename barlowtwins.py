@@ -37,7 +37,7 @@ from torch import nn
 
 from common.args import Parser, at_least, below_one, default_size, positive, probability, share, width
 from common.augment import View
-from common.distributed import all_reduce, world_size
+from common.distributed import all_reduce, gather, world_size
 from common.features import output_std
 from common.networks import network
 from common.optim import LARS, cosine, param_groups
@@ -139,9 +139,14 @@ def barlow_twins_loss(z1, z2, lambd):
     Returns a scalar >= 0, a sum over (D, D): about D + lambd * D^2 / B if the views have nothing in common.
     """
     batch = len(z1) * world_size()
-    c = all_reduce(standardize(z1).T @ (standardize(z2) / batch))
-    diagonal, zeros = c.diagonal(), c.new_zeros(()).expand_as(c)
-    total = F.mse_loss(c, zeros, reduction="sum")  # one (D, D) temporary; c.square().sum() makes three
+    z1, z2 = standardize(z1), standardize(z2)
+    diagonal = all_reduce((z1 * z2).sum(0)) / batch
+    if batch < z1.shape[1]:  # sum C_ij^2 = sum_kl (z1_k . z1_l) (z2_k . z2_l) / B^2: products of rows, which are fewer
+        total = ((z1 @ gather(z1).T) * (z2 @ gather(z2).T)).sum()
+        total = all_reduce(total) / batch**2
+    else:
+        c = all_reduce(z1.T @ (z2 / batch))
+        total = F.mse_loss(c, c.new_zeros(()).expand_as(c), reduction="sum")  # one (D, D) temporary; a square makes 3
     off_diagonal = total - diagonal.square().sum()
     return (1 - diagonal).square().sum() + lambd * off_diagonal
 
