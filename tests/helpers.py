@@ -27,7 +27,7 @@ SCRIPTS = {
     "simclr": ["--dim", "16"],
     "nnclr": "--dim 16 --hidden-dim 32 --pred-dim 32 --queue 40".split(),
     "simclrv2": ["--dim", "16", "--memory", "40"],
-    "barlowtwins": ["--hidden-dim", "32", "--dim", "16"],
+    "barlowtwins": ["--hidden-dim", "32", "--dim", "24"],
     "vicreg": ["--hidden-dim", "32", "--dim", "16"],
     "lejepa": "--arch vit_tiny --width 0.125 --depth 2 --local-crops 1 --hidden-dim 32 --dim 16 --slices 8".split(),
     "byol": ["--dim", "16", "--hidden-dim", "32"],
