@@ -333,7 +333,7 @@ def _array_set(name, where, train):
     try:
         found = getattr(torchvision.datasets, name.upper())(root, split, download=not where)
     except (RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0].partition(". You can use")[0] if str(error) else type(error).__name__
         fail(f"--data {name} in {root}: {reason}; put torchvision's files in a folder and say --data {name}:FOLDER")
     if name == "stl10":
         return np.ascontiguousarray(found.data.transpose(0, 2, 3, 1)), found.labels, found.classes

@@ -308,7 +308,8 @@ def describe(args, data, loader, model, **lines):
         print0(f"{name:<11} {text}")
     usual = args.defaults.get("batch_size")
     if usual and not usual / 4 <= args.batch_size <= usual * 4:
-        others = f"also try --lr {args.lr / 3:.2g} and {args.lr * 3:.2g}, compare knn or loss after a few epochs"
+        others = f"also try --lr {args.lr / 3:.2g} and {args.lr * 3:.2g}, compare them"
+        others += " by knn or loss after a few epochs" * hasattr(args, "knn_every")
         print0(f"note        batch {args.batch_size} is far from the recipe's {usual}: {others}")
     if args.image_size <= 64 and args.arch.startswith("resnet"):
         crops = getattr(args, "crop_min", None)
@@ -330,7 +331,7 @@ def _small_images(args, data, model, most=8):
             sides.append(max(data[i][0].shape[1:]))
     if not sides or 2 * max(sides) > args.image_size:
         return ""
-    text = f"{len(sides)} images have at most {max(sides)} x {max(sides)} pixels"
+    text = f"images of at most {max(sides)} x {max(sides)} pixels ({len(sides)} of {len(data):,} looked at)"
     patch = getattr(getattr(model, "backbone", None), "patch_size", 1)  # up to 128 px it goes with the size
     sizes = range(-(-max(sides) // 32) * 32, args.image_size, 32)
     size = next((size for size in sizes if size <= 128 or size % patch == 0), 0)

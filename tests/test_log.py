@@ -183,7 +183,7 @@ def test_start_names_what_differs_from_the_recipe(tmp_path, capsys):
     train("simsiam", tmp_path, "--max-steps", 1)
     text = capsys.readouterr().out
     assert "batch 16 is far from the recipe's 512: also try --lr 0.017 and 0.15, compare" in text and "3x3 stem" in text
-    assert "--workers" not in text and "images have at most" not in text
+    assert "--workers" not in text and "looked at" not in text
 
 
 SMALL = {  # image size, sizes of the images -> what is advised
