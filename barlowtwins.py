@@ -32,7 +32,6 @@ import dataclasses
 import sys
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from common.args import Parser, at_least, below_one, default_size, positive, probability, share, width
@@ -141,12 +140,8 @@ def barlow_twins_loss(z1, z2, lambd):
     batch = len(z1) * world_size()
     z1, z2 = standardize(z1), standardize(z2)
     diagonal = all_reduce((z1 * z2).sum(0)) / batch
-    if batch < z1.shape[1]:  # sum C_ij^2 = sum_kl (z1_k . z1_l) (z2_k . z2_l) / B^2: products of rows, which are fewer
-        total = ((z1 @ gather(z1).T) * (z2 @ gather(z2).T)).sum()
-        total = all_reduce(total) / batch**2
-    else:
-        c = all_reduce(z1.T @ (z2 / batch))
-        total = F.mse_loss(c, c.new_zeros(()).expand_as(c), reduction="sum")  # one (D, D) temporary; a square makes 3
+    # sum_ij C_ij^2 = sum_kl (z1_k . z1_l) (z2_k . z2_l) / B^2: (B, B) products of rows instead of (D, D) entries of C
+    total = all_reduce(((z1 @ gather(z1).T) * (z2 @ gather(z2).T)).sum()) / batch**2
     off_diagonal = total - diagonal.square().sum()
     return (1 - diagonal).square().sum() + lambd * off_diagonal
 
