@@ -196,6 +196,8 @@ def _files(data, split, image_list, required):
         if required:
             there = f", only {several(path.name for path in splits.values())}/" if splits else ""
             remedy = f"put images for it there, give --{split}-list, or the folder of the images as --data"
+            if not splits:
+                remedy = "put labelled images into train/<class>/ and val/<class>/, or give --train-list and --val-list"
             fail(f"--data {data} has no {split}/ folder{there}: {remedy}")
         return None
     folder = splits.get(split, root)

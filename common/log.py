@@ -232,6 +232,8 @@ class Logger:
             if self.step >= self.total and self.path.stem == "log":
                 takers = "eval_*.py, features.py, visualize.py and export.py"
                 print(f"complete    {self.args.out}/backbone.pt is what {takers} take")
+            elif self.step >= self.last and self.path.stem == "log":
+                print(f"cut short   by --max-steps, {self.args.out} has all: a larger one, or none, goes on")
 
 
 def bar(iterable=None, name="", total=None, **more):

@@ -78,7 +78,7 @@ def test_command_line_writes_the_promised_files(script, runs, tmp_path, monkeypa
     monkeypatch.setattr("sys.argv", [f"{ROOT}/{script}.py", *words])
     runpy.run_path(f"{ROOT}/{script}.py", run_name="__main__")
     printed = capsys.readouterr().out
-    assert "knn" in printed and "step 2/2" in printed
+    assert "knn" in printed and "step 2/2" in printed and "cut short   by --max-steps" in printed
     for name in ("last.pt", "backbone.pt", "log.jsonl", "views.png", f"{script}.py"):
         assert (out / name).stat().st_size > 0, name
     assert not list(out.glob("*.tmp*"))
