@@ -2,7 +2,7 @@
 
     torchrun --nproc_per_node=4 eval_segmentation.py --pretrained runs/densecl/backbone.pt --data /VOCdevkit
     torchrun --nproc_per_node=4 eval_segmentation.py --pretrained runs/densecl/backbone.pt --data /cityscapes
-    python eval_segmentation.py --pretrained runs/mae/backbone.pt --data /CamVid --recipe linear --crop 128 --steps 500
+    python eval_segmentation.py --pretrained runs/mae/backbone.pt --data /CamVid --recipe linear --scale 240 180
 
 recipe      head                    crop, images to   batch  steps   optimiser         evaluation
 voc12aug    FCN                     512, 2048 x 512   16     20,000  SGD 0.01, 5e-4    whole images
