@@ -188,6 +188,8 @@ def _files(data, split, image_list, required):
         remedy = f"give a folder of images or one of {', '.join(NAMED_SETS)}"
         if root.suffix.lower() in (".txt", ".csv", ".tsv", ".json", ".jsonl"):
             remedy = f"give the folder of its images, and --{split}-list {data}"
+        elif root.suffix.lower() in (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"):
+            remedy = "unpack it and give the folder"
         fail(f"--data {data} is not a folder or a .tar archive: {remedy}")
     if image_list is not None:
         return Files(root, *read_list(image_list, split, in_folder(root), root))

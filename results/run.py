@@ -190,7 +190,7 @@ if __name__ == "__main__":
         parser.error(f"unknown: {', '.join(sorted(unknown))}; expected {', '.join(known)}")
     if not args.table:
         if not all((Path(args.data) / split).is_dir() for split in ("train", "test")):
-            sys.exit(f"error: --data {args.data} has no train/ and test/ folders: CIFAR-10 as image files is needed")
+            parser.error(f"--data {args.data} has no train/ and test/ folders: CIFAR-10 as image files is needed")
         print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores", flush=True)
         for method in args.methods:
             (run if method in RECIPES else evaluate)(method, args.data, args.whole)
