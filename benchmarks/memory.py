@@ -56,6 +56,7 @@ GB, CARDS, USABLE = 2**30, (24, 80), 0.9
 IMAGES, GPUS = 1281167, 8
 LOG = ROOT / "results" / "benchmarks" / "memory.jsonl"
 WORDS = {"scan": "--pretrained random --clusters 1000", "cae": "--tokenizer dalle"}  # what has no default
+GROUPS = {"simdino": 64}  # images of which a process takes whole groups
 aten = torch.ops.aten
 
 
@@ -368,22 +369,22 @@ def traced(script, local, processes, words=""):
     return trace(script, [*shlex.split(WORDS.get(script, "")), *batch, *shlex.split(words)], processes)
 
 
-def largest(limit, points, peak_of):
-    """The largest batch whose peak is at most `limit` bytes, a multiple of 8 from 16 on, else of 2, and that peak.
-    points: {batch: peak} of two or more traces, to which those made here are added; 0: not even 2 images. A straight
-    line says where to trace next; what ends the search is a trace that fills at least 97 % of the limit, or one beside
-    a larger batch that does not fit."""
+def largest(limit, points, peak_of, group=None):
+    """The largest batch whose peak is at most `limit` bytes, a multiple of `group` if given, of 8 from 16 on, else of 2,
+    and that peak. points: {batch: peak} of two or more traces, to which those made here are added; 0: no batch fits.
+    A straight line says where to trace next; what ends the search is a trace that fills at least 97 % of the limit, or
+    one beside a larger batch that does not fit."""
     while True:
         fitting = max((b for b, peak in points.items() if peak <= limit), default=0)
         above = min((b for b, peak in points.items() if peak > limit), default=math.inf)
-        step = 8 if fitting >= 16 or above > 24 else 2
+        step = group or (8 if fitting >= 16 or above > 24 else 2)
         if (fitting and points[fitting] >= 0.97 * limit) or above - fitting <= step:
             return fitting, points.get(fitting, 0)
         low, high = sorted(points, key=lambda b: abs(points[b] - limit))[:2]
         slope = (points[high] - points[low]) / (high - low)
         guess = low + (limit - points[low]) / slope if slope > 0 else 2 * max(points)
         guess = int(min(guess, 4 * max(points), 2**20)) // step * step
-        guess = max(2, fitting + step, min(guess, above - step))
+        guess = max(step, fitting + step, min(guess, above - step))
         if guess in points or guess >= above:
             return fitting, points.get(fitting, 0)
         points[guess] = peak_of(guess)
@@ -402,10 +403,11 @@ def record(script, words="", cards=CARDS):
             return traced(script, batch, gpus, words)["peak"]
         return math.inf  # refused: larger than its queue
 
+    group = GROUPS.get(script)
     if cards:
-        half = max(2, local // 2)
-        peaks[half] = peak_of(half)
-    fitting = {str(card): largest(card * USABLE * GB, peaks, peak_of)[0] for card in cards}
+        other = local + group if group else max(2, local // 2)
+        peaks[other] = peak_of(other)
+    fitting = {str(card): largest(card * USABLE * GB, peaks, peak_of, group)[0] for card in cards}
     result = {"script": script, "words": f"{WORDS.get(script, '')} {words}".strip(), "arch": args.arch or "resnet50"}
     result |= {"image_size": args.image_size or 224, "batch_size": args.batch_size, "gpus": gpus, "per_gpu": local}
     result |= {kind: round(size / GB, 3) for kind, size in found.items()} | {"largest": fitting}
