@@ -370,7 +370,7 @@ def traced(script, local, processes, words=""):
 
 
 def largest(limit, points, peak_of, group=None):
-    """The largest batch whose peak is at most `limit` bytes, a multiple of `group` if given, of 8 from 16 on, else of 2,
+    """The largest batch whose peak is at most `limit` bytes, a multiple of `group` if given, of 8 from 16, else of 2,
     and that peak. points: {batch: peak} of two or more traces, to which those made here are added; 0: no batch fits.
     A straight line says where to trace next; what ends the search is a trace that fills at least 97 % of the limit, or
     one beside a larger batch that does not fit."""
