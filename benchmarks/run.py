@@ -71,7 +71,7 @@ matrix product instead of 1.10x. One view 2.7x instead of 3x torchvision: decodi
 here; other runs gave 0.90x and 0.92x. SeLa-v2's labels 0.87x faiss-cpu instead of 0.9x: a softmax in every pass.
 Steps of LeJEPA 81 % and InterCLR 82 % of their network calls instead of 85 %: the test of normality, the choice of
 negatives. DINO's with 27 million parameters for 8 images 90 % instead of 95 %, beside two other programs (97 % alone,
-in an earlier run): AdamW, average and 65,536 outputs are bound by memory.
+in an earlier run): probably AdamW, average and 65,536 outputs, which are bound by memory; not profiled.
 """
 R50 = "--arch resnet50 --width 1 --image-size 224 --batch-size 256"
 GPU = (

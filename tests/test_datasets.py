@@ -263,6 +263,9 @@ def test_names_of_data(tmp_path, capsys, monkeypatch):
     (tmp_path / "l.csv").write_text("1.png")
     assert "and --train-list l.csv" in refused(capsys, open_dataset, "l.csv", "train")
     (tmp_path / "images.tar.gz").write_bytes(b"")
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat" / "1.png").write_bytes(b"")
+    assert "put labelled images into train/<class>/" in refused(capsys, open_dataset, "flat", "val")
     assert "unpack it and give the folder" in refused(capsys, open_dataset, "images.tar.gz", "train")
     assert "goes with --data FOLDER" in refused(capsys, open_dataset, "fake", "train", "l.csv")
 
