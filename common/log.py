@@ -233,7 +233,8 @@ class Logger:
                 takers = "eval_*.py, features.py, visualize.py and export.py"
                 print(f"complete    {self.args.out}/backbone.pt is what {takers} take")
             elif self.step >= self.last and self.path.stem == "log":
-                print(f"cut short   by --max-steps; all is saved in {self.args.out}: with a larger one the run goes on")
+                how = "with a larger one" if self.args.resume else "with a larger one and without --no-resume"
+                print(f"cut short   by --max-steps; all is saved in {self.args.out}: {how} the run goes on")
 
 
 def bar(iterable=None, name="", total=None, **more):
