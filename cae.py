@@ -442,7 +442,7 @@ def main(args):
     lines |= {"target": what, "masked": f"{masked} of {patches} patches of {size} px"}
     net = run.start(model, optimizer, chance=chance, lr=f"{args.lr} x {args.batch_size}/256 = {peak:.4g}", **lines)
     view = dataclasses.replace(run.view, resize=args.image_size, interpolation="bicubic")
-    if codebook and not run.resumed:  # else it is the one of last.pt
+    if codebook and not model.codebook.any():  # else it came with its head, from last.pt or --init
         rest = (size, args.norm_pix, args.seed, run.device, args.workers, run.dtype)
         model.codebook.copy_(find_codebook(data, view, codebook, *rest))
         run.note()  # its time does not count as training

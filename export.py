@@ -6,8 +6,8 @@ program that runs without these scripts, or its weights under the names of anoth
     python export.py --pretrained runs/mocov3/last.pt --to timm --out mocov3_vit_small.pth --publish
     python export.py --pretrained moco_v2_800ep_pretrain.pth.tar --to detectron2 --out moco_v2.pkl
 
---pretrained takes whatever the evaluation scripts take. --to chooses what is written; without it the ending of --out
-does, and weights get the names of torchvision (ResNets) or timm (ViTs), those of a library's network its own:
+--pretrained takes the files that the evaluation scripts take. --to chooses what is written; without it the ending of
+--out does, and weights get the names of torchvision (ResNets), timm (the others) or their own library:
 
 pt2          any network, of any width, stem and channels: a program of torch.export, normalisation included, for images
              in [0, 1] of one size and batches of any size
@@ -48,6 +48,7 @@ from common.swin import Swin
 from common.vit import ViT
 from common.xcit import XCiT
 
+NAMES = {ResNet: "torchvision", ViT: "timm", Swin: "timm", XCiT: "timm"}  # whose names weights get unless told
 # Names of a ViT here -> in torchvision; applied in this order.
 TORCHVISION_VIT = {
     r"^cls_token$": "class_token",
@@ -103,8 +104,8 @@ def rename(weights, table):
 
 
 def home(backbone):
-    """The library whose names the weights have."""
-    return {ResNet: "torchvision", ViT: "timm"}.get(type(backbone), getattr(backbone, "library", "pt2"))
+    """The library whose names weights get unless told otherwise, or "pt2" where no other names exist."""
+    return NAMES.get(type(backbone), getattr(backbone, "library", "pt2"))
 
 
 def convert(backbone, meta, target):

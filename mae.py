@@ -82,7 +82,8 @@ def parse_args(argv=None):
     )
     group = parser.add_argument_group("instead of training", recipe=False)
     group.add_argument("--visualize", nargs="+", metavar="IMAGE", help="reconstruct image files: <out>/visualize.png")
-    group.add_argument("--pretrained", help="for --visualize: last.pt, or an official file that has the decoder")
+    text = "for --visualize: last.pt, or an official file with the decoder (mae_visualize_*.pth: with --no-norm-pix)"
+    group.add_argument("--pretrained", help=text)
     group.add_argument("--trust-pickle", action=toggle, default=False, help="allow --pretrained to run code")
     args = parser.parse_args(argv)
     if bool(args.visualize) != bool(args.pretrained):

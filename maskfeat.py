@@ -192,7 +192,7 @@ def maskfeat_loss(prediction, target, mask):
     prediction, target: (B, L, D), mask: (B, L) -> scalar.
     """
     error = F.mse_loss(prediction, target, reduction="none").mean(2)
-    return (error * mask).sum() / process_mean(mask.sum())  # masks may differ in their number of patches
+    return (error * mask).sum() / process_mean(mask.sum()).clamp(min=1e-6)  # masks differ in size, a few are empty
 
 
 # --------------------------------------------------------------------------------------------------- training

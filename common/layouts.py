@@ -137,8 +137,8 @@ NAMINGS = (
     Naming("OBoW", "resnet", "1.0.conv1.weight", CHILDREN_OBOW),
     Naming("lightly in sequence", "resnet", "2.0.conv1.weight", CHILDREN_LIGHTLY, stem_relu=False),
     Naming("transformers", "resnet", "encoder.stages.0.layers.0.layer.0.convolution.weight", RESNET_TRANSFORMERS),
-    Naming("timm", "swin", "layers.3.downsample.norm.weight", namings.SWIN_TIMM),
-    Naming("official", "swin", "layers.0.blocks.0.attn.relative_position_bias_table", {}),
+    Naming("official", "swin", "layers.0.downsample.norm.weight", {}),  # timm has it in the stage that follows
+    Naming("timm", "swin", "layers.0.blocks.0.attn.relative_position_bias_table", namings.SWIN_TIMM),
     Naming("torchvision", "swin", "features.1.0.attn.relative_position_bias_table", namings.SWIN_TORCHVISION),
     Naming("mmcls", "swin", "stages.0.blocks.0.attn.w_msa.relative_position_bias_table", namings.SWIN_MMCLS),
     Naming("transformers", "swin", "encoder.layers.0.blocks.0.layernorm_before.weight", namings.SWIN_TRANSFORMERS),
@@ -335,7 +335,8 @@ def vit_shape(weights, heads=(), arch=None):
     bias = shaped(weights, tables.get(relative), 0, 0)
     if relative != "none" and "pos_embed" not in weights:
         side, positions = vit.table_side(bias), "none"
-    if dim == 384 and positions == "sincos-yx":  # among published ViT-S only those of MoCo v3 have this table
+    scaled = "blocks.0.ls1.gamma" in weights
+    if dim == 384 and positions == "sincos-yx" and not scaled:  # of published ViT-S only MoCo v3's are so
         heads = (384, 12)
     usual = heads[1] if heads and heads[0] == dim else bias.shape[1] or usual
     hidden = len(shaped(weights, "blocks.0.mlp.fc1.weight", 4 * dim, dim))
@@ -346,7 +347,7 @@ def vit_shape(weights, heads=(), arch=None):
     told |= {"relative": relative, "class_token": first == 1, "pool": "cls" if first else "norm-mean"}
     told |= {"pool": "mean"} if "fc_norm.weight" in weights and "norm.weight" not in weights else {}
     # the ratio is rounded down after multiplying with dim; the values of the scale are in the file, this asks for them
-    return told | {"mlp_ratio": (hidden + 0.5) / dim, "layer_scale": float("blocks.0.ls1.gamma" in weights)}
+    return told | {"mlp_ratio": (hidden + 0.5) / dim, "layer_scale": float(scaled)}
 
 
 def _positions(table, dim, side):

@@ -370,6 +370,13 @@ def test_targets_are_those_of_the_hidden_patches(case, monkeypatch, tmp_path):
             np.testing.assert_allclose(values.numpy(), expected, atol=1e-9)
 
 
+def test_a_codebook_stays_with_the_head_that_was_trained_on_it(tmp_path):
+    main("cae", *words(tmp_path / "a", "kmeans"), "--max-steps", 1)
+    main("cae", *words(tmp_path / "b", "kmeans"), "--max-steps", 1, "--seed", 5, "--init", tmp_path / "a/last.pt")
+    a, b = (state(tmp_path / run)["model"]["codebook"] for run in "ab")
+    assert a.any() and torch.equal(a, b)
+
+
 @pytest.mark.parametrize("stats", [[], ["--stats", "auto"]])
 def test_the_tokenizer_sees_the_same_crop_eight_pixels_per_patch(stats, monkeypatch, tmp_path):
     """In [0, 1], however the network's view is normalised; its tokens are those of the hidden patches."""

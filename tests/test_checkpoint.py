@@ -49,6 +49,7 @@ SCALED = lively(vit("vit_tiny", 32, patch_size=8, depth=2, positions="learned", 
 SMALL = lively(ViT(384, 1, 12, 8, 32, "sincos-yx"))
 SHAPE = {"width": 0.25, "patch_size": 1, "window": 4}  # 32, 16, 8, 4: the last window is the whole map
 SWIN, SWIN_6 = (lively(swin("swin_tiny", 32, **SHAPE, depths=(2, 1, 2, 1), eps=eps)) for eps in (1e-5, 1e-6))
+SWIN_3 = lively(swin("swin_tiny", 32, width=0.25, patch_size=1, window=[4, 4, 8], depths=(1, 2, 1)))  # the whole map, 8
 XCIT, NANO = lively(xcit("xcit_small_12", 32, 0.25, 4, 2)), lively(xcit("xcit_nano_12", 32))
 IMAGES, LARGER = (torch.rand(2, 3, size, size, generator=torch.Generator().manual_seed(1)) for size in (32, 48))
 
@@ -334,6 +335,8 @@ FILES = {
         | head("features.1.0.attn.relative_position_index")),
     "swin timm": (TIMM, SWIN, head("head.fc.weight")
         | renamed(under("", SWIN), *((f"layers.{s}.down", f"layers.{s + 1}.down") for s in (2, 1, 0)))),
+    "swin timm, three stages": (TIMM, SWIN_3,
+        renamed(under("", SWIN_3), *((f"layers.{s}.down", f"layers.{s + 1}.down") for s in (1, 0)))),
     "swin esvit": ("EsViT", SWIN_6, {"args": ARGS, "student": under("module.", SWIN_6, 1.0),
         "teacher": under("module.", SWIN_6) | head("module.head.mlp.0.weight", "module.head_dense.mlp.0.weight")}),
     "swin esvit, views": ("EsViT", SWIN_6, {"student": under("module.", SWIN_6, 1.0) | head("module.head.mlp.0.bias"),
@@ -375,7 +378,8 @@ def test_published_layout(name, tmp_path, capsys):
     assert "normalised  with ImageNet's" in out and meta["mean"] == IMAGENET["mean"]
     if isinstance(network, Swin):
         assert {k: meta[k] for k in network.config} == network.config and meta["image_size"] == 32
-        assert meta["arch"] == "swin_tiny" and "patches of 1, windows of 4/4/4/4, 2/1/2/1 blocks" in out
+        blocks = "4/4/8, 1/2/1" if network is SWIN_3 else "4/4/4/4, 2/1/2/1"
+        assert meta["arch"] == "swin_tiny" and f"patches of 1, windows of {blocks} blocks" in out
     elif isinstance(network, XCiT):
         assert {k: meta[k] for k in network.config} == network.config and meta["image_size"] == 224
         assert (meta["arch"], meta["width"]) == (("xcit_nano_12", 1) if network is NANO else ("xcit_small_12", 0.25))
@@ -442,6 +446,8 @@ def test_number_of_heads_comes_from_layout_and_table(tmp_path, capsys):
     assert meta["heads"] == 12 and meta["positions"] == "sincos-yx" and same(backbone, SMALL)
     _, meta = loaded(tmp_path / "flat.pth", under("", lively(ViT(384, 1, 6, 8, 32, "sincos-xy"))))
     assert meta["heads"] == 6 and meta["positions"] == "sincos-xy"
+    with_scale = lively(ViT(384, 1, 6, 8, 32, "sincos-yx", layer_scale=0.1))  # no network of MoCo v3 has a scale
+    assert loaded(tmp_path / "flat.pth", under("", with_scale))[1]["heads"] == 6
     assert "6 heads (assumed from layout and dimension: the tensors do not show it)" in capsys.readouterr().out
 
 

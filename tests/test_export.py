@@ -17,6 +17,7 @@ from torch import nn
 
 from common.augment import EvalView
 from common.checkpoint import load_backbone
+from common.conv4 import conv4
 from common.datasets import open_dataset
 from common.loader import eval_batches
 from common.networks import Library
@@ -284,10 +285,15 @@ def test_networks_that_a_library_lacks(tmp_path, capsys, monkeypatch):
     network = swin("swin_tiny", 32, 0.25, depths=(1, 1, 1, 1))
     meta = {"arch": "swin_tiny", "width": 0.25, "image_size": 32, "channels": 3} | network.config
     torch.save({"backbone": network.state_dict(), "meta": meta}, tmp_path / "swin.pt")
-    words = ["--pretrained", tmp_path / "swin.pt", "--out", tmp_path / "b.pth"]
-    assert "b.pth: weights of swin_tiny get no other names here: the name must end in .pt2 or .onnx" in refused(
+    words = ["--pretrained", tmp_path / "conv4.pt", "--out", tmp_path / "b.pth"]
+    meta = {"arch": "conv4", "width": 0.25, "image_size": 32, "channels": 3}
+    torch.save({"backbone": conv4("conv4", 32, 0.25).state_dict(), "meta": meta}, tmp_path / "conv4.pt")
+    assert "b.pth: weights of conv4 get no other names here: the name must end in .pt2 or .onnx" in refused(
         capsys, main, "export", *words
     )
+    words[1] = tmp_path / "swin.pt"
+    main("export", *words)
+    assert "layers.3.downsample.norm.weight" in torch.load(tmp_path / "b.pth")  # timm's, as of a ViT
     monkeypatch.setattr(torch.export, "export", lambda *args, **more: 1 / 0)
     message = refused(capsys, main, "export", *words[:3], tmp_path / "b.pt2")
     assert "--to pt2: PyTorch's exporter cannot take swin_tiny (division by zero): write its weights" in message

@@ -313,6 +313,12 @@ def run(tmp_path_factory):
     return out
 
 
+def test_a_single_image_says_nothing_of_the_spread_of_images(tmp_path, capsys):
+    """Of one image per micro-batch the deviation over images is 0, which is no collapse."""
+    train("ijepa", tmp_path, "--max-steps", 2, "--accum", 16, "--group", 0, "--warmup-epochs", 0)
+    assert "std_images" not in records(tmp_path)[2] and "nearly equal" not in "".join(capsys.readouterr())
+
+
 def test_rates_decay_and_files_of_a_run(run):
     """Schedules count from 1: 4 steps of warm-up, 12 of cosine; the decay rises over all 16."""
     rates = [r["lr"] for r in records(run).values()]

@@ -144,6 +144,7 @@ def test_loss_is_the_mean_over_all_masked_values():
     zeros = torch.zeros(4, 16, 27, dtype=torch.float64)
     images = rows(4, 3, 16, 16)
     assert maskfeat_loss(zeros, hog(images, 4, 4), mask).item() == pytest.approx(1 / 9), "the line `baseline` of a run"
+    assert maskfeat_loss(prediction, target, 0 * mask).item() == 0, "a small batch may have no masked patch"
 
 
 # ------------------------------------------------------------------------------------------------------ network
