@@ -202,7 +202,8 @@ def kmeans_clusters(args, device, amp, dtype):
     runs = []
     for start in range(args.starts):
         centroids, _, inertia = kmeans(share, k, args.iterations, args.seed + start)
-        ranked = (x @ centroids.T - centroids.square().sum(1) / 2).topk(min(5, k), dim=1).indices
+        lengths = centroids.square().sum(1) / 2
+        ranked = torch.cat([(part @ centroids.T - lengths).topk(min(5, k), dim=1).indices for part in x.split(2**16)])
         cosine = F.cosine_similarity(x, centroids[ranked[:, 0]], dim=1)
         runs.append((inertia, start, ranked.cpu().numpy(), cosine.cpu().numpy()))
     best = min(runs, key=lambda run: run[:2])

@@ -63,7 +63,7 @@ from common.checkpoint import load_pretrained
 from common.distributed import gather_uneven, is_main, print0, process_mean, world_size
 from common.files import result_folder
 from common.loader import eval_share
-from common.log import bar, facts, report
+from common.log import bar, facts, identity, report
 from common.optim import upcast
 from common.run import Run, start_device
 
@@ -288,7 +288,8 @@ class Detector(nn.Module):
             nn.init.zeros_(up.bias)
             nn.init.zeros_(last.bias)
             mask = nn.Sequential(*layers, up, nn.ReLU(inplace=True), last)
-        head = RPNHead(inputs, generator.num_anchors_per_location()[0])
+        head = RPNHead(inputs, generator.num_anchors_per_location()[0])  # boxes get the type of its outputs
+        head.register_forward_hook(lambda head, inputs, outputs: tuple([upcast(x) for x in part] for part in outputs))
         before, after = PROPOSALS["fpn" if fpn else "c4"]
         before = {k: min(n, proposals) for k, n in before.items()}
         self.rpn = Proposals(generator, head, 0.7, 0.3, 256, 0.5, before, after, 0.7)
@@ -492,6 +493,7 @@ def main(args):
     everything, train = len(train), train.not_empty()
     args = complete(args, meta, train)
     run = Run(args, "detection")
+    run.more = {"same": identity(args, backbone, train, test)}
     view = SimpleNamespace(mean=meta["mean"], std=meta["std"])
     run.data, run.loader = train, Loader(train, args, view, run.device, run.dtype)
     run.epoch_steps, run.total, run.warmup = run.loader.epoch_steps, args.steps, args.warmup

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from common.args import Parser, at_least, fail, positive, toggle
 from common.augment import EvalView
 from common.checkpoint import load_pretrained
-from common.datasets import open_split
+from common.datasets import Files, Tar, open_split
 from common.distributed import print0
 from common.features import Features, broken_rows, extract, usual_interpolation
 from common.log import bar, facts, report
@@ -60,15 +60,19 @@ def parse_args(argv=None):
 
 # ---------------------------------------------------------------------------------------------------- episodes
 def class_labels(dataset, depth):
-    """(labels (N,), number of classes) by the first `depth` folders of each path, or those of the data set."""
+    """(labels (N,), number of classes) by the first `depth` folders below --data, or those of the data set. In an
+    archive they are counted from the first folder that not all images share."""
     if depth is None:
         if dataset.labels is None:
             fail("the images have no labels: put them in class folders of a split, or say --class-depth N for folders")
         names = np.asarray(dataset.labels)
     else:
-        root = os.path.commonpath([os.path.dirname(dataset.path(i)) for i in (0, len(dataset) - 1)])
-        root = os.fsdecode(getattr(dataset, "root", root))
-        paths = [os.path.relpath(dataset.path(i), root).split(os.sep) for i in range(len(dataset))]
+        if not isinstance(dataset, Files):
+            fail(f"--class-depth {depth}: these images do not lie in folders")
+        names, shared = dataset.names.strings(), ""
+        if isinstance(dataset, Tar):  # what it was made of may stand in all names
+            shared = os.path.commonpath(os.path.dirname(name) for name in (names[0], names[-1]))
+        paths = [name[len(shared) :].lstrip(os.sep).split(os.sep) for name in names]
         if short := next((path for path in paths if len(path) <= depth), None):
             fail(f"--class-depth {depth}: {os.path.join(*short)} lies in {len(short) - 1} folders only")
         names = np.array(["/".join(path[:depth]) for path in paths])

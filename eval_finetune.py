@@ -63,7 +63,7 @@ from common.datasets import open_labelled
 from common.distributed import print0, process_mean, rank, world_size
 from common.files import result_folder
 from common.loader import agree_on_undecodable, eval_batches
-from common.log import facts, report
+from common.log import facts, identity, report
 from common.optim import cosine, upcast
 from common.pictures import save_views
 from common.run import Run
@@ -125,6 +125,7 @@ def parse_args(argv=None):
     group.add_argument("--relative-positions", action=toggle, help="of each block of a ViT, zeros if there were none")
     group.add_argument("--window", type=positive(int), help="of a Swin: tables are interpolated (default: as it is)")
     group.add_argument("--val-every", type=positive(int), default=1, help="epochs between accuracies, beside the last")
+    parser.add_max_bad(run.add_argument)
     parser.add_loop(run)
     return parser.parse_args(argv)
 
@@ -399,6 +400,7 @@ def main(args):
     args = complete(args, backbone, meta)
     run = Run(args, "finetune")
     data, test = open_labelled(args.data, args.train_list, args.val_list, meta["channels"])
+    same = identity(args, backbone, data, test)
     print0(f"recipe      {args.recipe}; {len(test):,} test images")
     is_vit, size, classes = hasattr(backbone, "patch_size"), args.image_size, int(data.labels.max()) + 1
     how = {"interpolation": "bicubic" if is_vit else "bilinear", "mean": tuple(meta["mean"]), "std": tuple(meta["std"])}
@@ -423,7 +425,7 @@ def main(args):
     rates = f"{args.lr} x {args.batch_size}/256 = {peak:.4g}, layer x{args.layer_decay:g}, classifier x{args.head_lr:g}"
     chance = math.log(classes)
     now = {k: getattr(backbone, k) for k in ("pool", "relative") if hasattr(backbone, k)}  # which may have changed
-    run.more = {"history": [], "meta": meta | now, "backbone_prefix": "backbone."}
+    run.more = {"history": [], "meta": meta | now, "backbone_prefix": "backbone.", "same": same}
     net = run.start(model, optimizer, chance=chance, lr=rates, baseline=f"loss ln({classes}) = {chance:.3f}")
 
     validate(run, test, test_view, args)  # of a run that was stopped just before it

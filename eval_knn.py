@@ -127,17 +127,18 @@ def main(args):
                 print0(f"{name:<11} k {k:<5} top-1 {top1:6.2f}   top-5 {top5:6.2f}")
                 best = max(best, (top1, top5, name, k, targets, voted[k]), key=lambda row: row[0])
             table[name] = {str(k): {"top1": round(t1, 3), "top5": round(t5, 3)} for k, (t1, t5) in rows.items()}
-            ranks[name] = spectrum(x)
-            print0(f"{name:<11} " + "   ".join(f"{what} {value:.4g}" for what, value in ranks[name].items()))
+            if model is not pixels:
+                ranks[name] = spectrum(x)
+                print0(f"{name:<11} " + "   ".join(f"{what} {value:.4g}" for what, value in ranks[name].items()))
         return table, best, ranks
 
+    pixels = Pixels(size, meta["channels"])
     table, best, ranks = evaluate(model, view, model.names if args.features else ["features"], model.dims)
     result = facts(args, meta, train, test) | {"temperature": args.temperature, "interpolation": interpolation}
     result["knn"] = table if args.features else table["features"]
     result["spectrum"] = ranks if args.features else ranks["features"]
     result["embedding"] = args.embedding
     if size <= 64:
-        pixels = Pixels(size, meta["channels"])
         seen = pixel_view(size, meta["channels"])
         result["pixels"] = evaluate(pixels, seen, ["raw pixels"], pixels.dim)[0]["raw pixels"]
     top1, top5, name, k, targets, voted = best

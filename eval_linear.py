@@ -52,7 +52,6 @@ antialiasing; DINO's ViT-L and larger, which it does not have, are read as ViT-B
 import argparse
 import common.interrupt  # noqa: F401 (before torch)
 import dataclasses
-import hashlib
 import math
 import re
 import sys
@@ -75,7 +74,7 @@ from common.distributed import all_reduce, any_process, gather_uneven, print0, p
 from common.features import broken_rows, extract, features, has_class_token, usual_interpolation
 from common.files import make_folder, result_folder
 from common.loader import Loader, agree_on_undecodable, eval_batches
-from common.log import Stop, bar, facts, report
+from common.log import Stop, bar, facts, fingerprint, identity, report
 from common.optim import LARS, cosine, or_precise, param_groups, precision
 from common.run import start_device
 from common.vit import ViT
@@ -119,6 +118,7 @@ PROTOCOLS = {
     "byol":      Protocol(1024,   80, "nesterov",      0.2, 0.0, per_step=True, train="bicubic", test="bicubic"),
     "swav":      Protocol(256,   100, "sgd",           0.3, 1e-6),
     "barlow":    Protocol(256,   100, "sgd",           0.3, 1e-6),
+    "directclr": Protocol(256,   100, "sgd",           0.1, 1e-6),
     "obow":      Protocol(1024,  100, "sgd",           2.5, 0.0),
     "mocov3":    Protocol(1024,   90, "sgd",           3.0, 0.0, feature="cls"),
     "mae":       Protocol(16384,  90, "lars-weights",  0.1, 0.0, per_step=True, warmup=10, feature="cls", norm=1e-6,
@@ -130,7 +130,7 @@ PROTOCOLS = {
 AUTO = {
     "moco": "moco", "mocoft": "moco", "featuretransformation": "moco", "densecl": "moco", "interclr": "moco",
     "simsiam": "simsiam", "simclr": "simclr", "simclrv2": "simclr", "byol": "byol", "swav": "swav",
-    "barlowtwins": "barlow", "vicreg": "barlow", "directclr": "barlow", "mocov3": "mocov3", "obow": "obow",
+    "barlowtwins": "barlow", "vicreg": "barlow", "directclr": "directclr", "mocov3": "mocov3", "obow": "obow",
     "mae": "mae", "cae": "mae", "maskfeat": "mae", "simmim": "mae", "ijepa": "mae", "dino": "dino", "esvit": "dino",
     "simdino": "dino", "ibot": "dino",
     "deepclusterv2": "swav", "selav2": "swav", "npid": "multihead", "deepcluster": "multihead", "odc": "multihead",
@@ -193,15 +193,6 @@ def schedule(protocol, step, steps):
 
 
 # --------------------------------------------------------------------------------------------------- features
-def fingerprint(backbone):
-    """A hash of all weights and statistics."""
-    digest = hashlib.sha256()
-    for name, value in backbone.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
 def check_frozen(backbone, before):
     """Ends the program with code 1 if the backbone is not what it was, or no longer in eval mode."""
     if any(m.training for m in backbone.modules()) or fingerprint(backbone) != before:
@@ -211,10 +202,10 @@ def check_frozen(backbone, before):
 class Live:
     """Features of images that are decoded and augmented anew in every epoch."""
 
-    def __init__(self, backbone, train, test, micro, amp, dtype, seed=0, device="cpu", workers=4):
+    def __init__(self, backbone, train, test, micro, amp, dtype, seed=0, device="cpu", workers=4, max_bad=100):
         self.backbone, self.train, self.test_set, self.micro, self.amp = backbone, train, test, micro, amp
         self.settings = {"device": device, "workers": workers, "dtype": dtype}
-        self.seed, self.loader, self.steps = seed, None, len(train) // micro
+        self.seed, self.max_bad, self.loader, self.steps = seed, max_bad, None, len(train) // micro
 
     def features(self, view, x, kinds):
         return {(view, kind): f for kind, f in features(self.backbone, x, kinds, self.amp).items()}
@@ -224,7 +215,7 @@ class Live:
         wanted = kinds_of_views(probes, 0)
         if self.loader is None or self.loader.specs != tuple(wanted):
             streams = [0] * len(wanted)  # so that a view does not depend on the others beside it
-            settings = {"seed": self.seed, "streams": streams, **self.settings}
+            settings = {"seed": self.seed, "streams": streams, "max_bad": self.max_bad, **self.settings}
             self.loader = Loader(self.train, wanted, self.micro, **settings)
         for batch in self.loader.epoch(epoch, start):
             found = {}
@@ -378,10 +369,9 @@ class Probe:
     def record(self, epoch, scores):
         """Adds the scores [[top-1, top-5], ...] of the test images after an epoch."""
         better = [all(top1 > s[i][0] for _, s in self.results) for i, (top1, _) in enumerate(scores)]
-        if not self.results:
+        if self.kept is None:
             self.kept = self.seen
-        elif self.kept is not None:  # a run saved by an earlier version has none
-            self.kept = torch.where(torch.tensor([False, *better])[:, None], self.seen, self.kept)
+        self.kept = torch.where(torch.tensor([False, *better])[:, None], self.seen, self.kept)
         self.results.append([epoch, scores])
 
     def state(self):
@@ -393,7 +383,7 @@ class Probe:
     def load_state(self, state):
         self.head.load_state_dict(state["head"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.results, self.kept = [list(row) for row in state["results"]], state.get("kept")
+        self.results, self.kept = [list(row) for row in state["results"]], state["kept"]
         for p, grad in zip(self.parameters, state["grads"], strict=True):
             p.grad = None if grad is None else grad.to(p)
 
@@ -441,17 +431,12 @@ def held_out(labels, seed):
     return chosen
 
 
-def moments(x):
-    """Mean and standard deviation of features (N, D), infinite for what is the same for all samples."""
+def standardize(x, others):
+    """Features (N, D) with mean 0 and standard deviation 1, others changed in the same way, and what was subtracted and
+    divided by (D,): infinite where all samples are the same, which become 0."""
     std, mean = torch.std_mean(x, 0, correction=0)
-    return mean, torch.where(std > 1e-6 * (mean.abs() + std.max()), std, math.inf)
-
-
-def standardize(x, *others):
-    """Features (N, D) with mean 0 and standard deviation 1, and others changed in the same way. What is the same for
-    all samples becomes 0."""
-    mean, std = moments(x)
-    return [(part - mean) / std for part in (x, *others)]
+    std = torch.where(std > 1e-6 * (mean.abs() + std.max()), std, math.inf)
+    return (x - mean) / std, (others - mean) / std, mean, std
 
 
 def fit(x, labels, classes, rate, epochs, batch, seed=0):
@@ -476,7 +461,7 @@ def choose_rate(x, labels, classes, rates, epochs, batch, seed=0):
     """The rate whose classifier, trained on nine tenths of the samples, has the smallest loss on the others: of few
     samples, it depends less on chance than their accuracy. Returns it and {rate: {"top1", "loss"}} of the others."""
     held = torch.from_numpy(held_out(labels.cpu().numpy(), seed)).to(x.device)
-    part, rest = standardize(x[~held], x[held])
+    part, rest, *_ = standardize(x[~held], x[held])
     found = {}
     for rate in rates:
         head = fit(part, labels[~held], classes, rate, epochs, batch, seed)
@@ -514,7 +499,7 @@ def evaluate_small(args, backbone, meta, data, test, classes, device, amp):
         if rate in (min(rates), max(rates)):
             print0(f"note: lr {rate:g} is at the end of those tried; --lr takes others")
         recipe["held_out"] = {f"{r:g}": row for r, row in chosen.items()}
-    (mean, std), (x, queries) = moments(x), standardize(x, queries)
+    x, queries, mean, std = standardize(x, queries)
     head = fit(x, labels, classes, rate, epochs, batch, args.seed)
     with torch.no_grad():
         predicted = largest(head(queries))
@@ -553,6 +538,7 @@ def parse_args(argv=None):
     group.add_argument("--batch-size", type=positive(int), help="over all processes (default: the protocol's)")
     group.add_argument("--cached", action=toggle, default=False, help="features computed once: not the protocol")
     group.add_argument("--val-every", type=positive(int), default=1, help="epochs between evaluations")
+    parser.add_max_bad(run.add_argument)
     parser.add_loop(run, log_every=50, network=False)
     return parser.parse_args(argv)
 
@@ -611,7 +597,7 @@ class State:
         if not {"step", "complete", "facts", "probes"} <= state.keys():
             fail(f"{self.path} is not the state of a linear evaluation: choose another --out, or --no-resume")
         known = state["facts"]
-        differences = [f"{k} was {known.get(k)}, is {v}" for k, v in self.facts.items() if known.get(k) != v]
+        differences = [f"{k}: {known.get(k)} before, now {v}" for k, v in self.facts.items() if known.get(k) != v]
         if differences and state["complete"]:
             return 0
         if differences:
@@ -717,10 +703,10 @@ def summary(heads):
     return {"heads": heads, "best": best}
 
 
-def evaluate_protocols(names, before, args, backbone, meta, data, test, classes, device, amp):
+def evaluate_protocols(names, before, same, args, backbone, meta, data, test, classes, device, amp):
     """The protocols of the table, in one pass: ({classifier: its recipe, last and best result}, {classifier: (labels,
     predictions) of its best epoch}, {classifier: (Classifier, view)}, is it complete?). before: the fingerprint of the
-    backbone."""
+    backbone. same: its `identity`, and that of the data."""
     probes, micro = make_probes(names, args, backbone, meta, classes, len(data), amp)
     print0(f"batches     {world_size()} processes x {micro // world_size()} images, summed up to those below")
     for p in probes:
@@ -731,22 +717,20 @@ def evaluate_protocols(names, before, args, backbone, meta, data, test, classes,
         if p.protocol.optimiser.startswith("lars") and steps * p.peak * 0.001 < 2:
             print0(f"note: {p.name} hardly moves in {steps} steps; for small sets --protocol small")
     dtype = next(backbone.parameters()).dtype
-    source = Live(backbone, data, test, micro, amp, dtype, args.seed, device, args.workers)
+    source = Live(backbone, data, test, micro, amp, dtype, args.seed, device, args.workers, args.max_bad)
     if args.cached:
         print0("note: --cached trains on features of unaugmented images, which is not the protocol")
         source = Cached(source, probes)
 
     known = {k: getattr(args, k) for k in "lr epochs drops batch_size cached val_every seed".split()}
-    known |= {"protocol": names, "image_size": meta["image_size"]}
+    known |= {"protocol": names, **{k: meta[k] for k in ("image_size", "mean", "std")}}
     known = {k: ",".join(map(str, v)) if isinstance(v, list) else v for k, v in known.items()}
     known = {f"--{k.replace('_', '-')}": v for k, v in known.items()}
-    known |= {"the backbone": before[:12], "training images": len(data), "test images": len(test), "the batch": micro}
+    known |= {**same, "the number of training images": len(data), "the batch": micro}
     state = State(make_folder(result_folder(args.pretrained, args.out)) / "linear_last.pt", probes, known)
     complete = train(args, probes, source, state, lambda: check_frozen(backbone, before), device)
     agree_on_undecodable(data, device, source.loader.pool.bad if source.loader else ())
-    seen = {
-        c: (p.kept[0], row) for p in probes if p.kept is not None for c, row in zip(p.labels, p.kept[1:], strict=True)
-    }
+    seen = {c: (p.kept[0], row) for p in probes for c, row in zip(p.labels, p.kept[1:], strict=True)}
     return results(probes), seen, {k: v for p in probes for k, v in p.classifiers(backbone).items()}, complete
 
 
@@ -754,10 +738,11 @@ def main(args):
     device = start_device(args)
     backbone, meta = load_pretrained(args)
     amp, _, dtype = precision(args.precision, device)
+    data, test = open_labelled(args.data, args.train_list, args.val_list, meta["channels"])
+    same = identity(args, backbone, data, test)
     backbone = backbone.to(device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
     before, size, names, guess = fingerprint(backbone), meta["image_size"], args.protocol, ""
 
-    data, test = open_labelled(args.data, args.train_list, args.val_list, meta["channels"])
     classes = int(max(data.labels)) + 1
     print0(f"data        {args.data}: {len(data):,} training, {len(test):,} test images, {classes} classes, {size} px")
     if names == ["auto"]:
@@ -771,7 +756,7 @@ def main(args):
 
     heads, seen, trained, complete, common = {}, {}, {}, True, (args, backbone, meta, data, test, classes, device, amp)
     if papers := [name for name in names if name != "small"]:
-        heads, seen, trained, complete = evaluate_protocols(papers, before, *common)
+        heads, seen, trained, complete = evaluate_protocols(papers, before, same, *common)
     if "small" in names:
         heads, seen, trained = (a | b for a, b in zip((heads, seen, trained), evaluate_small(*common), strict=True))
 

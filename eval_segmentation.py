@@ -54,7 +54,7 @@ from common.distributed import all_reduce, is_main, print0
 from common.files import result_folder
 from common.images import BadImage
 from common.loader import agree_on_undecodable, eval_share
-from common.log import bar, facts, report
+from common.log import bar, facts, identity, report
 from common.optim import upcast
 from common.pictures import save_views
 from common.run import Run
@@ -105,8 +105,8 @@ def parse_args(argv=None):
     group.add_argument("--lr", type=positive(float), help="multiplied by --batch-size / that of the recipe")
     group.add_argument("--min-lr", type=at_least(0, float), help="at the end (default: a hundredth; linear: 0)")
     group.add_argument("--weight-decay", type=at_least(0, float))
-    run.add_argument("--max-bad", type=at_least(0), default=100, help="stop after this many undecodable images")
     run.add_argument("--val-every", type=at_least(0), default=0, help="steps between evaluations (0: at the end)")
+    parser.add_max_bad(run.add_argument)
     parser.add_loop(run)
     data = next(action for action in parser._actions if action.dest == "data")
     data.help = "folder of VOC2012, Cityscapes, or a set in VOC's layout"
@@ -425,7 +425,7 @@ def train(args):
     args = complete(args, backbone, meta)
     run = Run(args, "segmentation")
     data, test = open_pairs(args.data, args.train_split, args.val_split, meta["channels"], args.classes)
-    classes = len(data.classes)
+    classes, same = len(data.classes), identity(args, backbone, data, test)
     print0(f"recipe      {args.recipe}; {len(test):,} test images, {classes} classes: {', '.join(data.classes)}")
     statistics = {"mean": (*meta["mean"], 0.0), "std": (*meta["std"], 1 / 255)}  # those of the masks leave them alone
     how = {"scale": tuple(args.scale), "limit": args.class_limit, "flip": args.flip}
@@ -441,7 +441,7 @@ def train(args):
     rates = f"{args.lr:g} x {args.factor:g} (batch {args.batch_size} / {args.batch_size / args.factor:g}) = {peak:.4g},"
     lines = {"lr": f"{rates} to {final:.4g} at step {args.steps:,}"}
     lines["crops"] = f"{args.crop} px of images in {' x '.join(map(str, args.scale))} times 0.5 to 2"
-    run.more = {"history": [], "meta": meta, "backbone_prefix": "backbone."}
+    run.more = {"history": [], "meta": meta, "backbone_prefix": "backbone.", "same": same}
     net = run.start(model, optimizer, **lines)
 
     validate(run, test, args)  # of a run that was stopped just before it

@@ -61,7 +61,7 @@ from common.distributed import print0, process_mean, rank, world_size
 from common.files import result_folder
 from common.lists import composed, read_text, split_lines
 from common.loader import agree_on_undecodable, eval_batches
-from common.log import facts, report
+from common.log import facts, fingerprint, identity, report
 from common.optim import LARS, cosine
 from common.run import Run, start_device
 from common.vit import ViT, path_factors
@@ -102,6 +102,7 @@ def parse_args(argv=None):
     group.add_argument("--drop-path", type=below_one, help="of a transformer: probability in the last block")
     group.add_argument("--schedule", choices=["cosine", "step"], help="step: x0.2 at 60 and at 80 %% of the epochs")
     group.add_argument("--val-every", type=positive(int), help="epochs between accuracies, beside the last")
+    parser.add_max_bad(run.add_argument)
     parser.add_loop(run)
     args = parser.parse_args(argv)
     if bool(args.labels) is bool(args.distill):
@@ -328,7 +329,7 @@ def validate(run, test, view, args):
 
 def finetune(args, backbone, meta, data, test, names, teacher=None):
     """One run. Returns its learning rates and the accuracies at the last and at the best validation."""
-    run = Run(args, "semi")
+    run, same = Run(args, "semi"), identity(args, backbone, data, test)
     is_vit, classes = hasattr(backbone, "patch_size"), len(names)
     how = {"interpolation": "bicubic" if is_vit else "bilinear", "mean": tuple(meta["mean"]), "std": tuple(meta["std"])}
     test_view = EvalView(args.image_size, resize=args.image_size if args.image_size > 224 else 0, **how)
@@ -340,6 +341,7 @@ def finetune(args, backbone, meta, data, test, names, teacher=None):
     for parameter in model.head.parameters() if projector or args.lars else ():
         nn.init.zeros_(parameter)
     model = run.place(model).train()
+    same |= {"the weights of --distill": fingerprint(teacher)[:12]} if teacher else {}
     teacher = teacher and teacher.to(run.device, run.dtype, memory_format=torch.channels_last)
     peak = args.lr * (math.sqrt(args.batch_size) if args.lars else args.batch_size / 256)
     groups = parameter_groups(model, args.weight_decay, args.layer_decay, args.head_lr, not (is_vit or args.lars))
@@ -353,7 +355,7 @@ def finetune(args, backbone, meta, data, test, names, teacher=None):
     rule += f" = {peak:.4g}, layer x{args.layer_decay:g}, classifier x{args.head_lr:g}"
     chance = math.log(classes)
     pool = {"pool": backbone.pool} if is_vit else {}  # which the classifier may have changed
-    run.more = {"history": [], "meta": meta | pool, "backbone_prefix": "backbone."}
+    run.more = {"history": [], "meta": meta | pool, "backbone_prefix": "backbone.", "same": same}
     net = run.start(model, optimizer, chance=chance, lr=rule, baseline=f"loss ln({classes}) = {chance:.3f}")
 
     validate(run, test, test_view, args)  # of a run that was stopped just before it

@@ -62,7 +62,7 @@ def parse_args(argv=None):
     group.add_argument("--centroid-every", type=positive(int), default=10, help="steps between new centroids")
     group.add_argument("--queue", type=positive(int), help="number of keys, K (default: 65536, less for fewer images)")
     group.add_argument("--key-momentum", type=number(float, 0, 1), default=0.999, help="m of the key network")
-    group.add_argument("--bn-splits", type=positive(int), help="batch-norm groups of a batch (default: 8)")
+    group.add_argument("--bn-splits", type=positive(int), help="batch-norm groups of a batch (default: 8 or near it)")
     group.add_argument("--epochs", type=positive(int), default=200)
     group.add_argument("--warmup-epochs", type=at_least(0), default=0)
     group.add_argument("--batch-size", type=positive(int), default=256, help="per step over all processes and --accum")

@@ -19,7 +19,7 @@ Shuffled batch norm: outputs of images that are normalised together depend on ea
 query and its key in one group would give the pair away, and the loss would fall with nothing learned. So queries are
 normalised in groups of consecutive images, keys in groups of a random order across processes. In the paper each of 8
 GPUs is a group; here --bn-splits divides the batch of all processes: one process emulates eight, and any number of
-processes gives the same result.
+processes that divides it gives the same result. Of others, 16 for instance, each is at least one group.
 
 Deviations from the paper: the learning rate follows its schedule per step, not per epoch; running statistics are the
 mean over all groups, not those of one GPU; bf16 on CUDA (--precision fp32 is the paper's); with --accum each
@@ -64,7 +64,7 @@ def parse_args(argv=None):
     group.add_argument("--queue", type=positive(int), help="number of keys, K (default: 65536, less for fewer images)")
     group.add_argument("--key-momentum", type=number(float, 0, 1), default=0.999, help="m of the key network")
     group.add_argument("--symmetric", action=toggle, default=False, help="each view is the query once; sum of losses")
-    group.add_argument("--bn-splits", type=positive(int), help="batch-norm groups of a batch (default: 8)")
+    group.add_argument("--bn-splits", type=positive(int), help="batch-norm groups of a batch (default: 8 or near it)")
     group.add_argument("--epochs", type=positive(int), default=200)
     group.add_argument("--warmup-epochs", type=at_least(0), default=0)
     group.add_argument(

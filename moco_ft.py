@@ -19,8 +19,9 @@ transformation, and scores.png in the run folder shows their histograms (--pictu
 
 Deviations from the official code: one draw for all processes (there each has its own); the moving average is taken
 before the keys of a step, not after it; the rate follows its schedule per step, not per epoch; more than 256 images per
-step are not warmed up by default; keys are shuffled across all processes, not within a node; and what moco.py says of
-batch norm, --bn-splits, --accum and small images holds here.
+step are not warmed up by default; keys are shuffled across all processes, not within a node; --v1 turns images grey
+before the colour jitter, as in MoCo's code, not after it; and what moco.py says of batch norm, --bn-splits, --accum and
+small images holds here.
 To hack: copy this file. What is feature transformation: feature_transform, ft_loss, and the lines marked in main.
 """
 
@@ -67,7 +68,7 @@ def parse_args(argv=None):
     text = "b of lam_n ~ Beta(b, b), the interpolation of negatives (0: none)"
     group.add_argument("--neg-alpha", type=at_least(0, float), default=1.6, help=text)
     group.add_argument("--ft-epoch", type=at_least(0), default=0, help="epochs of plain MoCo at the start")
-    group.add_argument("--bn-splits", type=positive(int), help="batch-norm groups of a batch (default: 8)")
+    group.add_argument("--bn-splits", type=positive(int), help="batch-norm groups of a batch (default: 8 or near it)")
     group.add_argument("--epochs", type=positive(int), default=200)
     group.add_argument("--warmup-epochs", type=at_least(0), default=0)
     group.add_argument(
@@ -218,7 +219,7 @@ def save_scores(path, before, after, title):
             share = torch.histc(values.float().clamp(-1, 1).cpu(), bins, -1, 1) / len(values)
             top = height + 60
             line = [
-                (20 + width * (i + d) / bins, top - (height - 20) * v / share.max().item())
+                (20 + width * (i + d) / bins, top - (height - 20) * v / max(share.max().item(), 1e-12))
                 for i, v in enumerate(share.tolist())
                 for d in (0, 1)
             ]
@@ -280,14 +281,15 @@ def main(args):
                 keys.append(new)
             run.update(optimizer)
             pictured = args.pictures_every and (step + 1) % (args.pictures_every * run.epoch_steps) == 0
-            (pos, neg), (pos_ft, neg_ft) = scores(q, k, model.queue), scores(*moved)
             if pictured:  # FT
                 title = f"Scores after {epoch + 1} epochs, lambda {lam_p:.2f} and {lam_n:.2f}"
                 save_scores(f"{args.out}/scores.png", (q, k, model.queue), moved, title)
-            model.enqueue(torch.cat(keys))  # MoCo: once the losses of the step have used the queue
+            means = {}
             if run.due:
                 average_statistics(model)  # MoCo
-            means = {"pos": pos.mean(), "neg": neg.mean(), "pos_ft": pos_ft.mean(), "neg_ft": neg_ft.mean()}
+                parts = (*scores(q, k, model.queue), *scores(*moved))
+                means = {name: x.mean() for name, x in zip(("pos", "neg", "pos_ft", "neg_ft"), parts, strict=True)}
+            model.enqueue(torch.cat(keys))  # MoCo: once the losses of the step have used the queue
             run.log(lr, std=output_std(q), **means)
 
 

@@ -49,7 +49,7 @@ from common.features import output_std
 from common.networks import network
 from common.optim import LARS, cosine, param_groups
 from common.run import Run
-from common.vit import vit
+from common.vit import ViT, vit
 
 # -------------------------------------------------------------------------------------------------- arguments
 RECIPES = {
@@ -171,7 +171,7 @@ class MoCoV3(nn.Module):
 
     def __init__(self, backbone, dim=256, hidden_dim=4096):
         super().__init__()
-        convolutional = hasattr(backbone, "stages")
+        convolutional = not isinstance(backbone, ViT)  # as `published` decides by the name
         self.backbone = backbone
         self.projector = mlp(2 if convolutional else 3, backbone.dim, hidden_dim, dim, last_norm=True)
         self.predictor = mlp(2, dim, hidden_dim, dim, last_norm=not convolutional)

@@ -83,7 +83,6 @@ def augmentation(size, crop_min=0.08, flip=0.5):
     view = View(
         size=size,
         area=(crop_min, 1.0),
-        interpolation="bicubic",
         flip=flip,
         jitter=(0.4, 0.4, 0.2, 0.1),
         jitter_p=0.8,
@@ -219,7 +218,7 @@ def instance_loss(p1, p2, z1, z2):
 def main(args):
     run = Run(args)
     run.open(augmentation(args.image_size, args.crop_min, args.flip))
-    backbone = resnet(args.arch, args.width, args.image_size, channels=args.channels)
+    backbone = resnet(args.arch, args.width, args.image_size, zero_init_residual=True, channels=args.channels)
     instance = args.instance_weight > 0
     model = run.place(PixPro(backbone, args.dim, args.hidden_dim, args.transform_layers, instance))
     if args.init:

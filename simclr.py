@@ -23,8 +23,9 @@ large as the official ones. The loss shown is L itself.
 
 Deviations from the paper: crops, bicubic interpolation, saturation, contrast and the blur's borders are torchvision's,
 not TensorFlow's; the brightness jitter multiplies (as in the SimCLR v2 code); convolutions start from He's
-initialisation; the blur's sigma is drawn per image, not per batch; bf16 on CUDA, the loss in fp32; images of at most 64
-pixels are not blurred, are cropped to a fifth of their area at least (0.08 in the paper), and get a 3x3 stem.
+initialisation; the blur's sigma is drawn per image, not per batch; LARS multiplies by the rate outside its momentum
+buffer, not inside, which differs while the rate changes; bf16 on CUDA, the loss in fp32; images of at most 64 pixels
+are not blurred, are cropped to a fifth of their area at least (0.08 in the paper), and get a 3x3 stem.
 To hack: copy this file. What is SimCLR: the sections augmentation, model and loss, and the lines marked in main.
 """
 

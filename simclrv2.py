@@ -26,9 +26,9 @@ keys of the second view, once per step, after the loss, and starts with random v
 ImageNet; in a short run with small batches it ruined the features (results/README.md; negatives of another network may
 be told apart without looking at the image), so that fewer than 65,536 images get none. Others are those of simclr.py:
 crops, bicubic interpolation, saturation, contrast and the blur's borders are torchvision's, not TensorFlow's;
-convolutions start from He's initialisation; the blur's sigma is drawn per image; bf16 on CUDA, the loss in fp32; images
-of at most 64 pixels are not blurred, are cropped to a fifth of their area at least (0.08 in the paper), and get a 3x3
-stem.
+convolutions start from He's initialisation; the blur's sigma is drawn per image; LARS multiplies by the rate outside
+its momentum buffer; bf16 on CUDA, the loss in fp32; images of at most 64 pixels are not blurred, are cropped to a fifth
+of their area at least (0.08 in the paper), and get a 3x3 stem.
 To hack: copy this file. What is SimCLR v2: the sections model and loss, and the lines marked in main.
 """
 

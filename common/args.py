@@ -127,7 +127,7 @@ class Parser(argparse.ArgumentParser):
         add("--data", required=data, help=f"folder or .tar of images, or {', '.join(NAMED_SETS)}")
         add("--train-list", help="list file of training images, 'relative/path[ label]' per line")
         add("--val-list", help="list file of validation images")
-        add("--max-bad", type=at_least(0), default=100, help="stop after this many undecodable images")
+        self.add_max_bad(add)
         self.add_max_pixels(add)
         add = self.add_argument_group("images").add_argument
         add("--image-size", type=image_size, help="pixels of a view (default: 224, or what fits a small named set)")
@@ -169,6 +169,10 @@ class Parser(argparse.ArgumentParser):
         add("--out", help="folder of the results (default: beside the checkpoint, or runs/random)")
         self._add_machine(group)
         return group
+
+    @staticmethod
+    def add_max_bad(add):
+        add("--max-bad", type=at_least(0), default=100, help="stop after this many undecodable training images")
 
     @staticmethod
     def add_max_pixels(add):

@@ -98,12 +98,12 @@ def run_state(args, step, images, model, optimizer, scaler):
     return state | {"args": args.plain(), "recipe": recipe}
 
 
-def resume(args, images, model, optimizer, scaler, name="last.pt"):
+def resume(args, images, model, optimizer, scaler, name="last.pt", more=()):
     """Continues from `<out>/<name>` if it is there and its recipe agrees. Returns its dictionary, or None at a start.
 
     A damaged file is replaced by the one saved before it. Ends the program if that does not help either, if the run is
-    one of another script, or with the list of differences when the recipe or the number of images differs: nothing
-    starts again from zero in silence.
+    one of another script, or with the list of differences when the recipe, the number of images or more["same"], {what:
+    hash}, differs: nothing starts again from zero in silence.
     """
     path = make_folder(args.out) / name
     barrier()
@@ -135,6 +135,8 @@ def resume(args, images, model, optimizer, scaler, name="last.pt"):
     differences = [f"--{k.replace('_', '-')} was {was.get(k)}, is {now.get(k)}" for k in changed]
     if state["images"] != images:
         differences.append(f"the data set had {state['images']} images, has {images}")
+    same = more["same"].items() if "same" in more else ()  # a file of an earlier version does not say it
+    differences += [f"{what} are others" for what, now in same if state.get("same", {}).get(what, now) != now]
     if differences:
         prefix, both = state.get("backbone_prefix", ""), (model.state_dict(), state["model"])
         own, there = ({k: v.shape for k, v in tensors.items() if k.startswith(prefix)} for tensors in both)
@@ -145,7 +147,8 @@ def resume(args, images, model, optimizer, scaler, name="last.pt"):
         print0(f"note        --accum was {accum}, is {args.accum}: batch norm now sees batches of another size")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
+    if state["scaler"]:  # empty but for fp16
+        scaler.load_state_dict(state["scaler"])
     print0(f"resuming    {path}, step {state['step']}")
     return state
 

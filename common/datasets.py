@@ -130,6 +130,12 @@ class Subset:
         return self.dataset[int(self.indices[i])]
 
 
+def with_labels(dataset):
+    """The samples of a data set with labels that have one; of STL-10's training set, most have none."""
+    has = dataset.labels >= 0
+    return dataset if has.all() else Subset(dataset, np.flatnonzero(has))
+
+
 def evenly_spaced(dataset, most):
     """At most `most` samples, evenly spaced over the dataset."""
     if len(dataset) <= most:
@@ -227,6 +233,7 @@ def open_labelled(data, train_list=None, val_list=None, channels=3):
     for split, flag, dataset in (("training", "--train-list", train), ("test", "--val-list", val)):
         if dataset.labels is None:
             fail(f"--data {data}: the {split} images have no labels (put them in class folders, or give {flag})")
+    train, val = with_labels(train), with_labels(val)
     if reason := match_classes(train, val):
         fail(f"--data {data}: {reason}")
     name = train.classes or range(10**9)

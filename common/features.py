@@ -78,10 +78,12 @@ def output_std(z):
 
 def singular_values(z, center=False):
     """Of rows z (N, D), descending: (min(N, D),) in float64, by the smaller of both products of z with itself. center:
-    of the rows minus their mean."""
-    z = z.detach().to(torch.float32 if z.device.type == "mps" else torch.float64)
-    z = z - z.mean(0) if center else z
-    product = z.T @ z if len(z) > z.shape[1] else z @ z.T
+    of the rows minus their mean. Of a million rows no copy is made."""
+    dtype = torch.float32 if z.device.type == "mps" else torch.float64
+    parts = z.detach().split(2**14 if len(z) > z.shape[1] else len(z))
+    mean = sum(part.to(dtype).sum(0) for part in parts) / len(z) if center else 0
+    parts = (part.to(dtype) - mean for part in parts)
+    product = sum(part.T @ part for part in parts) if len(z) > z.shape[1] else (part := next(parts)) @ part.T
     return torch.linalg.eigvalsh(product).clamp(min=0).sqrt().flip(0)
 
 

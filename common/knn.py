@@ -1,9 +1,10 @@
 """Nearest neighbours, and the weighted k-nearest-neighbour classifier on them."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from common.datasets import evenly_spaced, match_classes
+from common.datasets import evenly_spaced, match_classes, with_labels
 from common.distributed import all_reduce, gather_uneven, print0, rank, world_size
 from common.features import broken_rows, extract, spectrum
 from common.folders import note
@@ -110,11 +111,11 @@ def monitor(backbone, train, val, view, device, workers, amp):
     labelled = train.labels is not None and val is not None
     if labelled:
         reason = "the validation images have no labels" if val.labels is None else match_classes(train, val)
-        if reason or (train.labels == train.labels[0]).all():
+        if reason or len(np.unique(with_labels(train).labels)) == 1:
             note(f"no k-NN accuracy: {reason or 'all training images are of one class'}")
             labelled = False
     how = {"workers": workers, "amp": amp, "replace": False}
-    images = evenly_spaced(train, 10_000)
+    images = evenly_spaced(with_labels(train) if labelled else train, 10_000)
     bank, labels = extract(backbone, images, view, device, **how)
     broken = broken_rows(bank, images, "training", amp)
     if labelled and not broken:

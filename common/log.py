@@ -1,6 +1,7 @@
 """The output of a run: an opening block, one line per log step, log.jsonl, warnings, a clean stop; results as JSON."""
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -12,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torchvision
 from tqdm import tqdm
@@ -156,6 +158,7 @@ class Logger:
             before = ", ".join(map("{:.4g}".format, self.recent)) or "none"
             fail(f"loss is {loss} at step {step} (lr {lr:.3g}; last losses: {before}). {self._cure(step)}", code=1)
         self.recent = [*self.recent[-4:], loss]
+        monitors = {k: v for k, v in monitors.items() if not math.isnan(v)}  # of one image there is no deviation
         seconds = max(time.perf_counter() - self.clock, 1e-9)
         speed = (step - self.step) * self.args.batch_size / seconds
         wait = (self.loader.waited - self.waited) / seconds
@@ -246,6 +249,28 @@ def bar(iterable=None, name="", total=None, **more):
 def is_fake(data):
     """Does --data name the set that is made up?"""
     return str(data).partition(":")[0] == "fake"
+
+
+def fingerprint(backbone):
+    """A hash of all weights and statistics."""
+    digest = hashlib.sha256()
+    for name, value in backbone.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def identity(args, backbone, train, test):
+    """What an evaluation that goes on must have in common with what was saved: {what: hash} of the weights, and of the
+    labels and a thousand file names of each data set, wherever its folder lies."""
+    found = {"the weights of --pretrained": fingerprint(backbone)[:12]}
+    for what, dataset in (("training", train), ("test", test)):
+        rows = np.linspace(0, len(dataset) - 1, min(len(dataset), 1000)).astype(np.int64).tolist()
+        names = [os.path.relpath(dataset.path(i), args.data) for i in rows]
+        labels = b"" if dataset.labels is None else np.asarray(dataset.labels, dtype=np.int64).tobytes()
+        digest = hashlib.sha256(ascii((len(dataset), names)).encode() + labels)
+        found[f"the {what} images"] = digest.hexdigest()[:12]
+    return found
 
 
 def facts(args, meta, train, test, *notes):

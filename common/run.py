@@ -23,9 +23,10 @@ class Run:
 
     args: from `Parser.add_common`, with --arch, --width, --epochs, --warmup-epochs and --batch-size. name: of an
     evaluation that trains, whose files are <name>_last.pt, <name>_views.png and <name>.jsonl; it has no k-NN and no
-    backbone.pt, and ends its processes itself. more: what it saves besides, by name. step: optimiser steps done so far,
-    those of the run that is continued included. total, warmup: steps of the schedule. last: the step at which the run
-    ends, which --max-steps makes smaller than total. epoch_steps: per epoch. resumed: does it continue an earlier run?
+    backbone.pt, and ends its processes itself. more: what it saves besides, by name, with what must be the `same` when
+    it goes on. step: optimiser steps done so far, those of the run that is continued included. total, warmup: steps of
+    the schedule. last: the step of the end, below total by --max-steps. epoch_steps: per epoch. resumed: has it begun
+    in an earlier run?
     """
 
     def __init__(self, args, name=""):
@@ -65,10 +66,9 @@ class Run:
         backbone.pt gets (default: model.backbone). lines: more to print, by name. Returns the model to train: over all
         processes, compiled if asked for, under autocast, its outputs in single precision at least."""
         args, self.model, self.optimizer, self.export = self.args, model, optimizer, export or model.backbone
-        state = resume(args, len(self.data), model, optimizer, self.scaler, f"{self.prefix}last.pt")
+        state = resume(args, len(self.data), model, optimizer, self.scaler, f"{self.prefix}last.pt", self.more)
         self.step, self.resumed = (state["step"], True) if state else (0, False)
-        self.more = {k: state[k] if state else v for k, v in self.more.items()}
-        self.net = parallel(model)
+        self.more, self.net = {k: state.get(k, v) if state else v for k, v in self.more.items()}, parallel(model)
         net = torch.compile(self.net) if args.compile else self.net
         describe(args, self.data, self.loader, model, **lines)
         self.logger = Logger(args, self.loader, self.total, self.step, chance, self.name or "log")

@@ -372,6 +372,21 @@ def test_named_set_that_is_not_there(tmp_path, capsys):
         assert name in refused(capsys, open_dataset, name, "train")
 
 
+def test_images_of_stl10_without_a_label_train_and_do_not_vote(monkeypatch, capsys):
+    class Twenty:
+        def __init__(self, root, split, download):
+            self.data = np.arange(20, dtype=np.uint8)[:, None, None, None].repeat(3, 1).repeat(8, 2).repeat(8, 3) * 9
+            self.labels, self.classes = np.where(np.arange(20) < 8, np.arange(20) % 4, -1), list("abcd")
+            if split == "test":
+                self.data, self.labels = self.data[:8], self.labels[:8]
+
+    monkeypatch.setattr("torchvision.datasets.STL10", Twenty)
+    train, val = opened("stl10")
+    assert len(train) == 20 and monitor(Pixels(8), train, val, EvalView(8), "cpu", 0, None)["knn"] > 0
+    train, val = open_labelled("stl10")
+    assert len(train) == len(val) == 8 and train.labels.tolist() == [0, 1, 2, 3] * 2
+
+
 def test_digits(capsys):
     train, val = opened("digits")
     assert len(train) + len(val) == 1797 and min(np.bincount(val.labels)) > 20 and len(train.classes) == 10

@@ -260,6 +260,29 @@ def test_rois_are_pooled_where_they_are():
     assert out.shape == (1, 2, 7, 7) and out[0, 1, 3, 3] == 4
 
 
+def test_boxes_stay_in_single_precision_under_autocast(monkeypatch):
+    """bfloat16 has steps of 4 px from 512 px on: proposals, and the objects they are compared with, would move."""
+    model = det.Detector(resnet("resnet18", 0.125, 224), 3, False, False, [32, 64], 16, 0.125, 100).train()
+    select, seen = det.Heads.select_training_samples, []
+
+    def watch(self, proposals, targets):
+        seen.append((proposals, select(self, proposals, targets)))
+        return seen[0][1]
+
+    monkeypatch.setattr(det.Heads, "select_training_samples", watch)
+    objects = torch.tensor([[701.0, 3, 907, 61], [513, 20, 611, 57]])
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model(
+            torch.randn(1, 3, 64, 1024), [(64, 1024)], [{"boxes": objects, "labels": torch.tensor([1, 2])}], [1]
+        )
+    proposals, (chosen, _, labels, regression) = seen[0]
+    assert {x.dtype for x in (losses, *proposals, *chosen, *regression)} == {torch.float32}
+    assert (proposals[0] % 1 > 0).any() and (labels[0] == 1).any()
+    box, target = chosen[0][labels[0] == 1], regression[0][labels[0] == 1]  # offsets of centres in widths, times 10
+    centres = box[:, 0] + (box[:, 2] - box[:, 0]) * (0.5 + target[:, 0] / 10)
+    torch.testing.assert_close(centres, torch.full_like(centres, (701 + 907) / 2), atol=1e-2, rtol=0)
+
+
 def test_masks_are_cut_out_and_pasted():
     mask = torch.zeros(1, 40, 60, dtype=torch.uint8)
     mask[0, 10:20, 20:50] = 1

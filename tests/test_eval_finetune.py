@@ -23,7 +23,18 @@ from common.run import Run
 from common.swin import swin
 from common.vit import TABLE, path_factors, resize_table, vit
 from tests import helpers
-from tests.helpers import EXACT, SMALL, assert_close, different, launch, main, refused, write_colours, write_vit
+from tests.helpers import (
+    EXACT,
+    SMALL,
+    assert_close,
+    different,
+    launch,
+    main,
+    refused,
+    write_colours,
+    write_images,
+    write_vit,
+)
 
 BASE = "--data fake:64 --epochs 4 --batch-size 16 --workers 2 --log-every 1 --seed 3"
 RESNET = "eval_finetune", f"{BASE} --lr 0.1 --pretrained random --arch resnet18 --width 0.125 --image-size 16"
@@ -559,6 +570,27 @@ def test_another_recipe_is_not_resumed(tmp_path, capsys):
     other = ("--max-steps", 1, "--head-lr", 10)
     assert "--head-lr was 1.0, is 10.0" in refused(capsys, run, RESNET, tmp_path, *other)
     run(RESNET, tmp_path, *other, "--no-resume")
+
+
+def test_a_result_is_that_of_these_weights_and_images(tmp_path, capsys):
+    """The file of --pretrained is overwritten by a longer run, the lists become others of the same length."""
+    names = {f"{which}/{c}/{i}.png": c for which in "abv" for c in "xy" for i in range(8)}
+    write_images(tmp_path, [*names], size=(16, 16))
+    for which in "abv":
+        lines = (f"{name} {c}\n" for name, c in names.items() if name[0] == which)
+        (tmp_path / f"{which}.txt").write_text("".join(lines))
+    words = ["--data", tmp_path, "--train-list", tmp_path / "a.txt", "--val-list", tmp_path / "v.txt", "--max-steps", 1]
+    words += ["--pretrained", write_vit(tmp_path / "backbone.pt"), "--out", tmp_path / "out", "--batch-size", 16]
+    main("eval_finetune", *words)
+    main("eval_finetune", *words)
+    for flag, part in (("--train-list", "training"), ("--val-list", "test")):
+        assert f"the {part} images are others" in refused(
+            capsys, main, "eval_finetune", *words, flag, tmp_path / "b.txt"
+        )
+    file = torch.load(tmp_path / "backbone.pt")
+    file["backbone"]["norm.bias"] += 1
+    torch.save(file, tmp_path / "backbone.pt")
+    assert "the weights of --pretrained are others" in refused(capsys, main, "eval_finetune", *words)
 
 
 def test_files_of_pretraining_are_left_alone(runs, tmp_path):

@@ -64,7 +64,9 @@ def run(out, *words, source="fake:64"):
 def test_total_learning_rates_of_the_published_protocols():
     totals = {name: p.lr * p.batch / 256 for name, p in PROTOCOLS.items()}
     expected = {"moco": 30, "simsiam": 1.6, "swav": 0.3, "barlow": 0.3, "mocov3": 12, "mae": 6.4, "dino": 0.004}
-    assert totals == pytest.approx(expected | {"multihead": 0.01, "simclr": 1.6, "byol": 0.8, "obow": 10})
+    assert totals == pytest.approx(
+        expected | {"multihead": 0.01, "simclr": 1.6, "byol": 0.8, "obow": 10, "directclr": 0.1}
+    )
     assert {n for n, p in PROTOCOLS.items() if p.batch % eval_linear.MICRO} == set()
     assert adapt("mocov3", resnet(*SMALL)).lr * 4 == pytest.approx(0.4)  # its ResNet-50
     large = ViT(1024, 0, 16, 8, 16)
@@ -430,12 +432,12 @@ def test_standardized_features():
     generator = np.random.default_rng(0)
     x, y = (generator.normal(3, 2, (n, 4)) * [1, 1e-3, 1, 1] + [0, 0, 7, 0] for n in (50, 9))
     x[:, 2], x[:, 3] = 0.1, 0
-    a, b = (t.numpy() for t in standardize(*(torch.from_numpy(t).float() for t in (x, y))))
+    a, b = (t.numpy() for t in standardize(*(torch.from_numpy(t).float() for t in (x, y)))[:2])
     mean, std = x.mean(0), x.std(0)
     np.testing.assert_allclose(a[:, :2], (x - mean)[:, :2] / std[:2], atol=1e-4)
     np.testing.assert_allclose(b[:, :2], (y - mean)[:, :2] / std[:2], atol=1e-4)
     assert not a[:, 2:].any() and not b[:, 2:].any()
-    small = standardize(torch.from_numpy(x).float() * 1e-4)[0]  # rates mean the same on features of any scale
+    small = standardize(*[torch.from_numpy(x).float() * 1e-4] * 2)[0]  # rates mean the same on features of any scale
     np.testing.assert_allclose(small, a, atol=1e-4)
 
 
@@ -564,7 +566,9 @@ def test_another_recipe_is_not_continued(short, capsys, tmp_path):
     words = ["--protocol", "moco", "--lr", 0.1]
     run(tmp_path, *words, "--max-steps", 3)
     error = refused(capsys, run, tmp_path, "--protocol", "moco", "--lr", "0.2")
-    assert "--lr was 0.1, is 0.2" in error and "--no-resume" in error
+    assert "--lr: 0.1 before, now 0.2" in error and "--no-resume" in error
+    error = refused(capsys, run, tmp_path, *words, source="digits")
+    assert "the training images: " in error and "the test images: " in error
     run(tmp_path, *words)  # complete
     other, _ = run(tmp_path, "--protocol", "mae")  # so that it is in nobody's way
     assert other["complete"] and list(other["heads"]) == ["mae lr 0.1"]

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import mocov3
+from common.networks import Library
 from common.resnet import resnet
 from tests.helpers import (
     EXACT,
@@ -114,6 +115,9 @@ def test_heads_have_the_layers_of_the_official_files(kind):
             names = ["running_mean", "running_var", *(["weight", "bias"] if layer == "affine" else [])]
             keys |= {f"{i}.{name}": (width,) for name in names} | {f"{i}.num_batches_tracked": ()}
         assert {k: tuple(v.shape) for k, v in getattr(model, head).state_dict().items()} == keys
+    if kind == "resnet":  # of a library, too, as the recipe goes by the name
+        other = mocov3.MoCoV3(Library("torchvision:resnet18", image_size=32), args.dim, args.hidden_dim)
+        assert len(other.projector) == len(model.projector) and len(other.predictor) == len(model.predictor)
     h = torch.randn(5, 256)
     hidden = F.relu(model.predictor[1](model.predictor[0](h)))  # ReLU inside, none at the end
     out = model.predictor[3](hidden)

@@ -3,6 +3,7 @@ classifiers."""
 
 import json
 import math
+import subprocess
 
 import numpy as np
 import pytest
@@ -136,6 +137,9 @@ def test_classes_two_folders_deep(tmp_path, capsys):
     words = [*RANDOM, "--data", data, "--out", tmp_path / "out", "--shots", 1, "--queries", 5]
     assert main("eval_fewshot", *words, "--class-depth", 2)["classes"] == 6
     assert "--ways 5" in refused(capsys, main, "eval_fewshot", *words, "--class-depth", 1)
+    subprocess.run(["tar", "-cf", tmp_path / "all.tar", "-C", tmp_path, "data"], check=True)
+    assert main("eval_fewshot", *words, "--class-depth", 2, "--data", tmp_path / "all.tar")["classes"] == 6
+    assert "not lie in folders" in refused(capsys, main, "eval_fewshot", *words, "--class-depth", 2, "--data", "digits")
     assert "no labels" in refused(capsys, main, "eval_fewshot", *words)
     assert "2 folders only" in refused(capsys, main, "eval_fewshot", *words, "--class-depth", 3)
     message = refused(capsys, main, "eval_fewshot", *words, "--class-depth", 2, "--shots", 2)

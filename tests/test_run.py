@@ -187,6 +187,12 @@ def test_clipping_bounds_the_norm_of_all_gradients_together(clip, length, tmp_pa
     assert all(p.grad is None for p in run.model.parameters())
 
 
+def test_another_precision_continues_a_run(tmp_path):
+    train("simsiam", tmp_path, "--max-steps", 1, "--precision", "fp32")
+    for step, precision in ((2, "fp16"), (3, "fp16"), (4, "bf16")):
+        assert train("simsiam", tmp_path, "--max-steps", step, "--precision", precision)["step"] == step
+
+
 def test_gradients_of_half_precision_are_scaled_until_they_are_asked_for(tmp_path):
     """Two micro-batches of loss 2 and a factor of 3: the gradient of the mean loss, times 3."""
     run, optimizer, _ = started(tmp_path, "--precision", "fp16", "--accum", 2)

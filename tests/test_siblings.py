@@ -209,6 +209,11 @@ RECIPES = {
     | {"hidden_dim": 8192, "sim_coeff": 25, "std_coeff": 25, "cov_coeff": 1, "crop_min": 0.08},
     "nnclr": {"lr": 0.3, "batch_size": 4096, "weight_decay": 1e-6, "epochs": 1000, "warmup_epochs": 10, "dim": 256}
     | {"hidden_dim": 2048, "pred_dim": 4096, "temperature": 0.1, "queue": None, "crop_min": 0.08},
+    "directclr": {"lr": 0.3, "batch_size": 4096, "weight_decay": 1e-6, "epochs": 100, "warmup_epochs": 10, "d0": None}
+    | {"temperature": 0.1},
+    "pixpro": {"lr": 1.0, "batch_size": 1024, "weight_decay": 1e-5, "epochs": 100, "warmup_epochs": 5, "dim": 256}
+    | {"hidden_dim": 4096, "power": 2, "threshold": 0.7, "tau": 0.99, "transform_layers": 1},
+    "moco_ft": MOCO | {"temperature": 0.2, "head": "mlp", "pos_alpha": 2.0, "neg_alpha": 1.6},
     "moco": MOCO | {"temperature": 0.2, "head": "mlp"},
     "moco --v1": MOCO | {"temperature": 0.07, "head": "linear"},
     "moco --v1 --head mlp --temperature 0.1": {"head": "mlp", "temperature": 0.1},
@@ -236,6 +241,9 @@ VIEWS = {  # settings of the page; how both views differ from those of MoCo v2; 
     "moco": ({}, {}, {}),
     "moco v1": ({"v1": True}, {"jitter": (0.4,) * 4, "jitter_p": 1.0, "gray_first": True, "blur_p": 0.0}, {}),
     "mocov3": ({}, BYOL | {"area": (0.2, 1.0), "interpolation": "bilinear"}, SECOND),
+    "pixpro": ({}, BYOL | {"interpolation": "bilinear"}, SECOND),
+    "directclr": ({}, BYOL, SECOND),
+    "moco_ft": ({}, {}, {}),
 }
 
 
