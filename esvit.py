@@ -170,7 +170,9 @@ class Head(nn.Module):
         length.requires_grad_(train_norm)
 
     def forward(self, x):
-        return self.last_layer(F.normalize(upcast(self.mlp(x)), dim=1))
+        z = F.normalize(upcast(self.mlp(x)), dim=1)
+        with torch.autocast(z.device.type, enabled=False):  # in bf16 the teacher's targets would be off by percents
+            return self.last_layer(z)
 
 
 class EsViT(nn.Module):

@@ -208,7 +208,9 @@ class Head(nn.Module):
         length.requires_grad_(train_norm)
 
     def forward(self, x):
-        return self.last_layer(F.normalize(upcast(self.mlp(x)), dim=1))
+        z = F.normalize(upcast(self.mlp(x)), dim=1)
+        with torch.autocast(z.device.type, enabled=False):  # in bf16 the teacher's targets would be off by percents
+            return self.last_layer(z)
 
 
 class iBOT(nn.Module):
@@ -263,7 +265,8 @@ class iBOT(nn.Module):
             rows = torch.cat([tokens[:, 0], tokens[:, 1:].flatten(0, 1)])
             classes, every = F.normalize(upcast(self.teacher_head.mlp(rows)), dim=1).tensor_split([len(large)])
             rows = torch.cat([classes, every[places], every.mean(0, keepdim=True)])
-            teacher, found, mean = self.teacher_head.last_layer(rows).split([len(large), len(places), 1])
+            with torch.autocast(rows.device.type, enabled=False):
+                teacher, found, mean = self.teacher_head.last_layer(rows).split([len(large), len(places), 1])
         return student.unflatten(0, (len(crops), -1)), teacher.unflatten(0, (2, -1)), patches, found, mean[0]
 
 

@@ -16,7 +16,8 @@ Small images (our choice): --image-size 32 --arch resnet18 --weight-decay 5e-4 -
 clusters held images of the same time, not kind, as keys drifted: of a step's images, all "changed" theirs (in the log).
 
 Deviations, where the paper leaves it open from MMSelfSup 0.11: those of moco.py, and of odc.py in epochs and clusters;
-the own cluster is no part of the pool, and may be larger than it; all M negatives of a query differ.
+the own cluster is no part of the pool, and may be larger than it; all M negatives of a query differ, and one random
+order per step picks them for all queries.
 To hack: copy this file. What is InterCLR: the sections model and loss, and the lines marked in main.
 """
 

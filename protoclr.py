@@ -20,8 +20,8 @@ training accuracy has not risen for 20,000 steps; here epochs are counted, and 1
 mini-ImageNet, are our number. --augmentation photos (mini-ImageNet): crop, both mirrors, colours; characters
 (Omniglot): crop, both mirrors, 30 % of the pixels and a rectangle erased. Pixels stay in [0, 1].
 
-Deviations from the official code beside that: the support image is cropped to a square; a rectangle that does not fit
-is clipped, not drawn again; resizing is antialiased.
+Deviations from the official code beside that: the support image is cropped to a square; pixels that are kept are not
+divided by 0.7; a rectangle that does not fit is clipped, not drawn again; resizing is antialiased.
 To hack: copy this file. What is ProtoCLR: the sections augmentation, model and loss, and the lines marked in main.
 """
 
@@ -72,7 +72,7 @@ def parse_args(argv=None):
 
 # ----------------------------------------------------------------------------------------------- augmentation
 def augmentation(size, queries=3, crop_min=0.5, flip=0.5, characters=False):
-    """The image as it is, then the queries. Of characters a crop of more than the image is its central square."""
+    """The image as it is, then the queries. Of characters, crops of more than the image are drawn again, ten times."""
     plain = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
     jitter = {} if characters else {"jitter": (0.4, 0.4, 0.4, 0.1), "jitter_p": 0.8, "gray_p": 0.2}
     query = View(size=size, area=(crop_min, 1.4 if characters else 1.0), flip=flip, **jitter, **plain)

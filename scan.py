@@ -16,7 +16,8 @@ clustering     small     50      128    Adam 1e-4            1e-4          20  1
 self-labelling small     200     1000   Adam 1e-4            1e-4                     strong  all
                imagenet  25      512    SGD 0.03, m. 0.9     0                        strong  all, --ema, --no-balance
 
-The paper's other sets: CIFAR-100 by its 20 superclasses --batch-size 512 --epochs 100, STL-10 --epochs 100.
+The paper's other sets: CIFAR-100 as folders of its 20 superclasses, --clusters 20 and, for clustering, --batch-size 512
+--epochs 100; STL-10 --epochs 100 for both stages.
 
 Published, accuracy / NMI / ARI of the best run after clustering and after self-labelling, in percent: CIFAR-10 81.6 /
 71.5 / 66.5, then 88.3 / 79.7 / 77.2 (accuracy of ten runs: 81.8 +- 0.3, 87.6 +- 0.4); CIFAR-20 44.0 / 44.9 / 28.3, then
@@ -34,8 +35,10 @@ does not count.
 Deviations from the official code: neighbours by the backbone's pooled features, not the projector's output, which
 backbone.pt lacks; the network is that of the last epoch, not of the one with the lowest loss; H is that of the global
 batch, or of a micro-batch; ln(p.q) without a floor at -100. Copying an average of the weights, of factor m, back into
-them after each step, as it does on ImageNet, is the same as a rate of (1 - m) lr: so --ema does that. Strong views of
-images above --image-size are random squares of the resized image. A step for which no image is sure is left out.
+them after each step, as it does on ImageNet, is the same for parameters as a rate of (1 - m) lr: so --ema does that;
+batch norm's running statistics, which it copies back as they were at the start, move on here. Above 64 px, labels come
+from the central 7/8 of the image and strong views are random squares of this size, also of images of the view's size
+(STL-10), there whole. Holes have any side, there an even one. A step for which no image is sure is left out.
 To hack: copy this file. What is SCAN: the sections augmentation, model and loss, and the lines marked in main.
 """
 
@@ -171,7 +174,7 @@ OPERATIONS = (  # smallest and largest amount v, drawn uniformly; function of a 
     (-0.1, 0.1, lambda i, v: _moved(i, 1, 0, 0, v, 1, 0)),
     (-0.1, 0.1, lambda i, v: _moved(i, 1, 0, v * i.width, 0, 1, 0)),
     (-0.1, 0.1, lambda i, v: _moved(i, 1, 0, 0, 0, 1, v * i.height)),
-    (4, 8, lambda i, v: ImageOps.posterize(i, round(v))),
+    (4, 8, lambda i, v: ImageOps.posterize(i, int(v))),
 )
 
 
@@ -387,7 +390,7 @@ def main(args):
     run = Run(args)
     how = (args.cutout, args.crop_min, args.flip, meta["mean"], meta["std"])
     views = [augmentation(args.image_size, args.views, *how)]
-    if args.self_label:  # SCAN: labels come from the whole image, as evaluations see it
+    if args.self_label:  # SCAN: labels come from the image as evaluations see it
         views.insert(0, EvalView(args.image_size, mean=views[0].mean, std=views[0].std))
     data = run.open(views)
     if args.views == "strong" and (data.channels != 3 or getattr(data, "dtype", torch.uint8) != torch.uint8):

@@ -188,7 +188,7 @@ def sinkhorn(scores, epsilon, iterations):
         # every row has a 1: no score is too large, no row vanishes; e^-69 = 1e-30 keeps away from subnormal numbers
         m = logits.sub_(top[:, None]).clamp_(min=-69).exp_()
         a = torch.exp(top - gather(top.max()[None]).max())  # what was taken out of M, but for the global maximum
-        even = len(m) * world_size() / m.shape[1]
+        even = all_reduce(a.new_full((), len(m))) / m.shape[1]  # of all processes, whose rows may differ in number
         for _ in range(iterations):
             b = even / all_reduce(a @ m).clamp_(min=1e6 * torch.finfo(m.dtype).tiny)  # (K,), over all processes
             a = 1 / (m @ b)  # (B,), each sample lives on one process

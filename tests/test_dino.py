@@ -1,5 +1,6 @@
 """DINO: the loss, the head, the centre, the schedules, what is frozen and clipped, and going on from weights."""
 
+import importlib
 import math
 
 import numpy as np
@@ -99,6 +100,15 @@ def test_head_compares_unit_vectors_with_unit_vectors():
     trained = dino.Head(7, 20, 5, 4, norm=True, train_norm=True)
     assert trained.last_layer.parametrizations.weight.original0.requires_grad
     assert sum(isinstance(m, torch.nn.BatchNorm1d) for m in trained.mlp) == 2
+
+
+@pytest.mark.parametrize("name", ["dino", "ibot", "esvit"])
+def test_scores_of_prototypes_are_in_single_precision(name):
+    """Under autocast the last layer alone would move the teacher's softmax at 0.04 by a hundredth of its mass."""
+    head = importlib.import_module(name).Head(24, 300)
+    with torch.autocast("cpu", torch.bfloat16):
+        z = head(torch.randn(5, 24))
+    assert z.dtype == torch.float32 and (z != z.bfloat16().float()).float().mean() > 0.9
 
 
 def test_outputs_stand_in_the_order_of_the_crops():

@@ -199,7 +199,7 @@ def test_operations():
         assert np.array_equal(run[which](amount), nearest_pixels(pixels, *matrix))
     assert np.array_equal(run[11](0.1)[:, :27], pixels[:, 3:]) and (run[11](0.1)[:, 27:] == 0).all()
     assert np.array_equal(run[12](-0.1)[2:], pixels[:18]) and (run[12](-0.1)[:2] == 0).all()
-    assert np.array_equal(run[13](4.2), pixels // 16 * 16) and np.array_equal(run[13](7.9), pixels)
+    assert np.array_equal(run[13](4.9), pixels // 16 * 16) and np.array_equal(run[13](7.9), pixels // 2 * 2)
 
 
 def test_strong_views_take_the_operations_that_were_drawn(monkeypatch):

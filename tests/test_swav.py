@@ -13,7 +13,7 @@ from common.datasets import Arrays
 from common.loader import Loader
 from common.resnet import resnet
 from swav import SwAV, augmentation, code_sizes, parse_args, sinkhorn, swav_loss
-from tests.helpers import SMALL, TINY, logged, main, records, refused, rows, state, unit
+from tests.helpers import SMALL, TINY, as_processes, logged, main, records, refused, rows, state, unit
 
 FLAGS = "--dim 8 --hidden-dim 16 --crops 2 1 --sizes 16 12".split()
 
@@ -58,6 +58,17 @@ def test_sinkhorn_equals_the_paper(batch, prototypes, epsilon, iterations):
     single = sinkhorn(scores.float(), epsilon, iterations)
     assert single.dtype == torch.float32
     np.testing.assert_allclose(single, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("world, queue", [(2, 5), (3, 10)])
+def test_codes_do_not_depend_on_how_a_queue_is_divided(world, queue, monkeypatch):
+    """Its rows that do not divide by the processes: some have one more."""
+    scores = torch.tanh(rows(queue + 4 * world, 6))
+    parts = [torch.cat([scores[:queue][queue * r // world : queue * (r + 1) // world],
+                        scores[queue:][4 * r : 4 * r + 4]]) for r in range(world)]  # fmt: skip
+    found = as_processes(monkeypatch, swav, sinkhorn, *((part, 0.3, 3) for part in parts))
+    found = torch.cat([codes[-4:] for codes in found])
+    np.testing.assert_allclose(found, sinkhorn(scores, 0.3, 3)[queue:], atol=1e-12)
 
 
 def test_sinkhorn_marginals():
