@@ -15,7 +15,7 @@ residual connections from its last layers to its output, as ResNets have.
 --projector are the paper's comparisons: none (all channels of r), linear (one layer to 128), mlp (two, as SimCLR's) and
 group (the sum of the losses of 8 groups of channels, drawn anew in each step). The line of each step shows `rank`, the
 effective rank of the features of the batch (exp of the entropy of the singular values of the centred r, as shares of
-their sum); `python visualize.py --spectrum` draws the singular values over a data set, the picture of the paper.
+their sum); `visualize.py --spectrum` draws the singular values over a data set, the picture of the paper.
 
 Deviations from the official code: no linear classifier is trained along with the labels (k-NN and eval_linear.py
 measure instead); the groups of --projector group are the same on all processes; the rate, there absolute, is given per

@@ -6,7 +6,7 @@
 
 200 epochs at 32 pixels, k-NN every 10; MAE a ViT-Ti. Recipes are those published for CIFAR-10 where there are any (the
 comments name them), else the method's own at this size. Each run is written to runs/cifar10/<method>; log.jsonl and the
-evaluations are copied to results/cifar10/<method>.* . Other flags go to the pre-training scripts.
+evaluations are copied to results/cifar10/<method>.* . Other flags, behind the names, go to the pre-training scripts.
 """
 
 import argparse

@@ -10,6 +10,7 @@ another image ("chance"), and both by the same network before the first step. Vi
 """
 
 import argparse
+import copy
 import json
 import math
 import sys
@@ -29,7 +30,9 @@ from common.resnet import resnet
 def views(args, recipe, augmentation):
     """Batches of all images, --draws times."""
     data = open_dataset(args.data, "val", args.val_list)
-    size = next(n for n in range(100, 0, -1) if len(data) % n == 0)
+    size = next((n for n in range(100, 19, -1) if len(data) % n == 0), 0)
+    if not size:
+        sys.exit(f"error: {len(data)} images do not form equal batches of 20 to 100: leave some out of --val-list")
     loader = Loader(data, augmentation, size, seed=recipe["seed"] + 1, workers=args.workers)
     return len(data), (batch for draw in range(args.draws) for batch in loader.epoch(draw))
 
@@ -62,9 +65,8 @@ def positions(args, recipe, weights):
 def agreement(args, recipe, weights):
     """Batch norm takes statistics of batches of 100, as in training, so that untrained networks can be compared."""
     torch.manual_seed(recipe["seed"])
-    networks = {
-        name: resnet(recipe["arch"], recipe["width"], recipe["image_size"]) for name in ("trained", "untrained")
-    }
+    untrained = resnet(recipe["arch"], recipe["width"], recipe["image_size"])  # the run's own start
+    networks = {"trained": copy.deepcopy(untrained), "untrained": untrained}
     networks["trained"].load_state_dict(
         {k.removeprefix("backbone."): v for k, v in weights.items() if k.startswith("backbone.")}
     )

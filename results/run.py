@@ -2,7 +2,7 @@
 
     python results/run.py --data data/cifar10                 # all methods, then all evaluations, one after the other
     python results/run.py --data data/cifar10 simsiam linear-simsiam
-    python results/run.py --data data/cifar10 --whole simclr linear-simclr      # 50,000 images, 20 epochs
+    python results/run.py --data data/cifar10 --whole simclr small-simclr       # 50,000 images, 20 epochs
 
 --data is CIFAR-10 as a folder of images, train/<class>/*.jpg and test/<class>/*.jpg. The first 1,000 training and the
 first 200 test images of each class (by file name) are used. Each run is written to runs/results/<method>; its log.jsonl
@@ -88,6 +88,10 @@ EVALUATIONS = {  # name: (script, pre-trained network, flags)
     **{f"knn-{method}": ("eval_knn", f"runs/results/{method}/backbone.pt", "") for method in RECIPES},
     "knn-random": ("eval_knn", "random", "--arch resnet18 --width 0.25 --image-size 32"),
     **{f"small-{method}": ("eval_linear", f"runs/results/{method}/backbone.pt", SMALL) for method in RECIPES},
+    **{  # with --whole, of results/peer.py
+        f"small-lightly-{method}": ("eval_linear", f"runs/results/lightly-{method}/last.pt", SMALL + " --image-size 32")
+        for method in ("simclr", "moco", "swav")
+    },
     "small-random": ("eval_linear", "random", "--arch resnet18 --width 0.25 --image-size 32 " + SMALL),
     "linear-simsiam": ("eval_linear", "runs/results/simsiam/backbone.pt", LINEAR),
     "linear-random": ("eval_linear", "random", "--arch resnet18 --width 0.25 --image-size 32 " + LINEAR),
@@ -173,7 +177,7 @@ def row(path):
 def table(whole):
     logs = places(whole)[1]
     print("| method | k-NN at random | at the end | seconds per epoch | commit |\n|---|---|---|---|---|")
-    for path in sorted(logs.glob("*.jsonl")):
+    for path in sorted(path for path in logs.glob("*.jsonl") if not path.stem.startswith("scan")):  # starts trained
         method, start, end, seconds, commit = row(path)
         print(f"| [{method}]({logs.name}/{path.name}) | {start:.1f} | {end:.1f} | {seconds:.0f} | {commit} |")
 
@@ -192,6 +196,7 @@ if __name__ == "__main__":
         if not all((Path(args.data) / split).is_dir() for split in ("train", "test")):
             parser.error(f"--data {args.data} has no train/ and test/ folders: CIFAR-10 as image files is needed")
         print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores", flush=True)
+        data = args.data if Path.cwd() == ROOT else str(Path(args.data).resolve())  # scripts run in ROOT
         for method in args.methods:
-            (run if method in RECIPES else evaluate)(method, args.data, args.whole)
+            (run if method in RECIPES else evaluate)(method, data, args.whole)
     table(args.whole)

@@ -9,6 +9,7 @@ import sys
 
 import pytest
 
+from results import run as results_run
 from tests import helpers
 from tests.helpers import ROOT, SCRIPTS, environment
 
@@ -65,33 +66,54 @@ def test_common_is_short_and_names_no_method(path):
         assert not words & METHODS
 
 
+def code(text):
+    """Lines of a document with continuation lines joined, and what stands between backticks."""
+    text = re.sub(r"\\\n\s*", " ", text)
+    return [*text.splitlines(), *(" ".join(part.split()) for part in re.findall(r"(?<!`)`([^`]+)`(?!`)", text))]
+
+
 def commands(text):
-    """Command lines of our scripts in a document, with continuation lines joined."""
-    for line in re.sub(r"\\\n\s*", " ", text).splitlines():
+    """Command lines of our scripts in a document."""
+    for line in code(text):
         match = re.match(r"\s*(?:\$ )?(?:[A-Z_]+=\S+ )*(?:python|torchrun(?: --\S+)*) ((\w+)\.py .*)$", line)
         if match and (ROOT / f"{match[2]}.py").exists():
             yield match[1]
 
 
-@pytest.mark.parametrize("path", [ROOT / "README.md", *sorted(ROOT.glob("*.py"))], ids=lambda p: p.name)
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("*/*/*.md")])
+NAMED = [*DOCUMENTS, *sorted([*ROOT.glob("*.py"), *ROOT.glob("results/*.py")])]
+
+
+@pytest.mark.parametrize("path", NAMED, ids=lambda p: str(p.relative_to(ROOT)))
 def test_documented_commands_parse(path):
     for command in commands(path.read_text()):
         script, *words = shlex.split(command.split("#")[0])
         importlib.import_module(script.removesuffix(".py")).parse_args(words)
+    known = {*results_run.RECIPES, *results_run.EVALUATIONS}
+    for line in code(path.read_text()):
+        if match := re.match(r"\s*python results/run\.py ([^#]*)", line):
+            names = re.sub(r"--data \S+|--\w+", "", match[1]).split()
+            assert set(names) <= known, line
 
 
-def test_readme_names_what_is_there():
+def test_documents_name_what_is_there():
+    for path in DOCUMENTS:
+        for target, heading in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", path.read_text()):
+            there = path.parent / target if target else path
+            assert there.exists(), f"{path}: {target}"
+            titles = re.findall(r"^#+ (.*)", there.read_text(), re.M) if heading else ()
+            known = [re.sub(r"[^a-z0-9 _-]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert not heading or heading in known, f"{path}: {target}#{heading}"
     text = (ROOT / "README.md").read_text()
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
-        assert (ROOT / target).exists(), target
     for script in SCRIPTS:
         assert f"{script}.py" in text
     assert list(commands(text)), "the README shows how to run things"
 
 
 def test_nothing_of_this_machine_is_tracked():
-    for path in [*ROOT.glob("*.*"), *ROOT.glob("*/*.py"), *ROOT.glob("results/*/*")]:
-        if path.suffix in {".py", ".md", ".toml", ".jsonl", ".json"}:
+    folders = "common", "tests", "benchmarks", "results"
+    for path in [*ROOT.glob("*.*"), *(path for folder in folders for path in ROOT.glob(f"{folder}/**/*"))]:
+        if path.suffix in {".py", ".md", ".txt", ".toml", ".jsonl", ".json"}:
             assert not re.search(r"/(root|home|tmp)/[a-z]", path.read_text()), path
 
 
