@@ -40,7 +40,7 @@ from common.augment import EvalView
 from common.checkpoint import load_file, load_pretrained
 from common.classes import by_class, class_names
 from common.classifier import load_classifier, predict
-from common.datasets import open_dataset, open_split
+from common.datasets import open_dataset, open_split, with_labels
 from common.distributed import is_main, print0, rank, world_size
 from common.features import Features, broken_rows, extract, usual_interpolation
 from common.files import atomic, make_folder, result_folder
@@ -159,6 +159,7 @@ def open_images(args, channels):
     split = args.split or ("train" if args.train_list and not args.val_list else "val")
     test = open_dataset(args.data, "val", args.val_list, bool(args.split), channels) if split == "val" else None
     train = open_dataset(args.data, "train", args.train_list, test is None, channels)
+    train = train and with_labels(train)
     return train if test is None else test, test if train is None else train
 
 

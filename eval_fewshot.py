@@ -71,7 +71,7 @@ def class_labels(dataset, depth):
             fail(f"--class-depth {depth}: these images do not lie in folders")
         names, shared = dataset.names.strings(), ""
         if isinstance(dataset, Tar):  # what it was made of may stand in all names
-            shared = os.path.commonpath(os.path.dirname(name) for name in (names[0], names[-1]))
+            shared = os.path.commonpath(os.path.dirname(name) for name in (min(names), max(names)))
         paths = [name[len(shared) :].lstrip(os.sep).split(os.sep) for name in names]
         if short := next((path for path in paths if len(path) <= depth), None):
             fail(f"--class-depth {depth}: {os.path.join(*short)} lies in {len(short) - 1} folders only")

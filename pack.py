@@ -25,7 +25,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
 from common.args import Parser, at_least, fail, positive
-from common.files import atomic
+from common.files import atomic, make_folder
 from common.folders import describe, find_splits, note, scan_images
 from common.images import EXTENSIONS, decode, is_deep
 from common.log import bar
@@ -76,7 +76,7 @@ def pack(folder, target, args):
     if not names:
         fail(f"no images in {folder}: expected files ending in {' '.join(EXTENSIONS)}")
     describe(folder, folders, left, divided=True)
-    bad, seen = 0, set()
+    bad, seen = 0, {*names}
     with (
         atomic(target) as temporary,
         concurrent.futures.ThreadPoolExecutor(args.workers) as threads,
@@ -99,7 +99,8 @@ def pack(folder, target, args):
                 tqdm.write(f"left out: {Path(folder, name)}: {reason}", file=sys.stderr)
                 continue
             packed = name if suffix is None else str(Path(name).with_suffix(suffix))
-            packed = packed if packed not in seen else f"{name}{suffix or ''}"  # a.png and a.bmp would both be a.jpg
+            if packed != name and packed in seen:  # a.png and a.bmp would both be a.jpg, which may be there, too
+                packed = f"{name}{suffix}"
             seen.add(packed)
             member = tarfile.TarInfo(packed)
             member.size = len(data)
@@ -114,7 +115,7 @@ def main(args):
     root, out = Path(args.folder), Path(args.out)
     if not root.is_dir():
         fail(f"{root} is not a folder")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     for split, folder in (find_splits(root) or {"train": root}).items():
         target = out / f"{split}.tar"
         images, bad = pack(folder, target, args)

@@ -67,7 +67,8 @@ def label_logs(paths):
     """What each log is called: as its run folder, with the file's name behind it where that is not log.jsonl, and with
     as much of the path before it as tells them apart."""
     parts = [path.resolve().with_suffix("").parts for path in paths]
-    parts, shared = [p[:-1] if p[-1] == "log" else p for p in parts], 0
+    folders, shared = [p[:-1] if p[-1] == "log" else p for p in parts], 0
+    parts = folders if len({*folders}) == len(parts) else parts  # x.jsonl beside x/log.jsonl
     while all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
         shared += 1
     return ["/".join(p[shared:]) for p in parts]

@@ -352,7 +352,7 @@ def save_pairs(path, pairs, classes, headings=("truth", "found"), side=320):
         height, width = image.shape[1:]
         scale = side / max(height, width)
         size = max(1, round(width * scale)), max(1, round(height * scale))
-        pixels = image[:3].permute(1, 2, 0).expand(-1, -1, 3).numpy()
+        pixels = image[: 3 if len(image) > 2 else 1].permute(1, 2, 0).expand(-1, -1, 3).numpy()
         for objects in sets:
             painted = pixels.astype(np.float32)
             for _, label, mask, _ in objects:

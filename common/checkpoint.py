@@ -143,7 +143,7 @@ def resume(args, images, model, optimizer, scaler, name="last.pt", more=()):
     if differences:
         prefix, both = state.get("backbone_prefix", ""), (model.state_dict(), state["model"])
         own, there = ({k: v.shape for k, v in tensors.items() if k.startswith(prefix)} for tensors in both)
-        if prefix and own == there:
+        if prefix and own == there and "init" in vars(args):
             remedy += f"; to go on from its weights with a new schedule: --out NEW --init {path}"
         fail(f"{path} is another recipe ({'; '.join(differences)}): {remedy}")
     if (accum := state["args"].get("accum")) != args.accum:

@@ -131,9 +131,10 @@ class Subset:
 
 
 def with_labels(dataset):
-    """The samples of a data set with labels that have one; of STL-10's training set, most have none."""
-    has = dataset.labels >= 0
-    return dataset if has.all() else Subset(dataset, np.flatnonzero(has))
+    """Without the samples that have no label beside others that have one: of STL-10's training set, most of them."""
+    if dataset.labels is None or (dataset.labels >= 0).all():
+        return dataset
+    return Subset(dataset, np.flatnonzero(dataset.labels >= 0))
 
 
 def evenly_spaced(dataset, most):
@@ -218,11 +219,12 @@ def _files(data, split, image_list, required):
 
 
 def open_split(args, channels=3):
-    """The images that --split names; without it those of val, of an undivided folder, or of the only list."""
+    """The images that --split names; without it those of val, of an undivided folder, or of the only list. Where some
+    have a label, those."""
     split = args.split or ("train" if args.train_list and not args.val_list else "val")
     image_list = args.val_list if split == "val" else args.train_list
     dataset = open_dataset(args.data, split, image_list, bool(args.split), channels)
-    return dataset if dataset is not None else open_dataset(args.data, "train", channels=channels)
+    return with_labels(dataset if dataset is not None else open_dataset(args.data, "train", channels=channels))
 
 
 def open_labelled(data, train_list=None, val_list=None, channels=3):

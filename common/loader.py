@@ -138,7 +138,7 @@ def eval_batches(dataset, view, batch_size, device, workers=4, dtype=torch.float
     neighbours are to take their place (replace). After the last batch call `agree_on_undecodable`.
     """
     indices = np.arange(*eval_share(len(dataset), batch_size))
-    bad = 100 if replace else None
+    bad = len(dataset) if replace else None  # it is training that counts them
     for (crops,), _, labels, part in crop_batches(dataset, view, indices, batch_size, device, workers, bad):
         yield augment(crops, [], view.mean, view.std, dtype), labels, torch.from_numpy(part)
 
@@ -171,7 +171,9 @@ def image_statistics(dataset, size, workers=4, most=1000):
     """(mean, std) per channel, in [0, 1], over the central `size` x `size` pixels of `most` evenly spaced images."""
     images = evenly_spaced(dataset, most)
     total, square, count = 0, 0, 0
-    for (x,), *_ in crop_batches(images, EvalView(size), np.arange(len(images)), 64, workers=workers):
+    for (x,), *_ in crop_batches(
+        images, EvalView(size), np.arange(len(images)), 64, workers=workers, max_bad=len(images)
+    ):
         x = x.double() / 255
         total, square = total + x.sum((0, 2, 3)), square + x.square().sum((0, 2, 3))
         count += x.numel() // x.shape[1]

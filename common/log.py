@@ -266,7 +266,8 @@ def identity(args, backbone, train, test):
     found = {"the weights of --pretrained": fingerprint(backbone)[:12]}
     for what, dataset in (("training", train), ("test", test)):
         rows = np.linspace(0, len(dataset) - 1, min(len(dataset), 1000)).astype(np.int64).tolist()
-        names = [os.path.relpath(dataset.path(i), args.data) for i in rows]
+        names = [dataset.path(i) for i in rows]
+        names = [os.path.relpath(name, args.data) for name in names] if os.path.exists(args.data) else names
         labels = b"" if dataset.labels is None else np.asarray(dataset.labels, dtype=np.int64).tobytes()
         digest = hashlib.sha256(ascii((len(dataset), names)).encode() + labels)
         found[f"the {what} images"] = digest.hexdigest()[:12]

@@ -350,15 +350,18 @@ def test_pack_resizes_and_leaves_out_what_is_broken(tmp_path, capsys):
     (folder / "a").mkdir(parents=True)
     for name in ("wide.png", "wide.bmp"):
         Image.new("RGB", (400, 200), (255, 0, 0)).save(folder / "a" / name)
-    Image.new("L", (10, 12), 7).save(folder / "a/small.jpg")
+    for name in ("small.jpg", "small.bmp"):
+        Image.new("L", (10, 12), 7).save(folder / "a" / name)
     (folder / "a/broken.jpg").write_bytes(jpeg(0)[:100])
     main("pack", folder, "--out", tmp_path, "--resize", 100)
     output = capsys.readouterr()
-    assert "a/broken.jpg" in output.err and "3 images" in output.out and "1 left out" in output.out
+    assert "a/broken.jpg" in output.err and "4 images" in output.out and "1 left out" in output.out
     data = open_dataset(tmp_path / "train.tar", "train")
-    assert names(data) == ["a/small.jpg", "a/wide.jpg", "a/wide.png.jpg"]
-    assert data.read(0) == (folder / "a/small.jpg").read_bytes()
-    assert data[1][0].shape == (3, 100, 200) and data[1][0][0].float().mean() > 250
+    assert names(data) == ["a/small.bmp.jpg", "a/small.jpg", "a/wide.jpg", "a/wide.png.jpg"]
+    assert data.read(1) == (folder / "a/small.jpg").read_bytes()
+    assert data[2][0].shape == (3, 100, 200) and data[2][0][0].float().mean() > 250
+    (tmp_path / "file").touch()
+    assert "--out" in refused(capsys, main, "pack", folder, "--out", tmp_path / "file")
 
 
 def test_images_beside_class_folders_are_mentioned(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """What --data names: folders, lists, small sets, and one line where something is wrong."""
 
+import argparse
 import os
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 from common.args import default_size
 from common.augment import EvalView, View
 from common.classes import class_names
-from common.datasets import Files, evenly_spaced, open_dataset, open_labelled
+from common.datasets import Files, evenly_spaced, open_dataset, open_labelled, open_split
 from common.folders import note, split_of
 from common.knn import monitor
 from common.loader import Loader
@@ -383,6 +384,7 @@ def test_images_of_stl10_without_a_label_train_and_do_not_vote(monkeypatch, caps
     monkeypatch.setattr("torchvision.datasets.STL10", Twenty)
     train, val = opened("stl10")
     assert len(train) == 20 and monitor(Pixels(8), train, val, EvalView(8), "cpu", 0, None)["knn"] > 0
+    assert len(open_split(argparse.Namespace(data="stl10", split="train", train_list=None, val_list=None))) == 8
     train, val = open_labelled("stl10")
     assert len(train) == len(val) == 8 and train.labels.tolist() == [0, 1, 2, 3] * 2
 

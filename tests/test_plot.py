@@ -51,6 +51,7 @@ def test_logs_of_runs_that_died_or_went_on(tmp_path):
         (["a/run/log.jsonl", "b/run/log.jsonl"], ["a/run", "b/run"]),
         (["runs/mae/finetune.jsonl", "runs/mae/log.jsonl"], ["mae/finetune", "mae"]),
         (["results/set/byol.jsonl", "results/set/moco.jsonl"], ["byol", "moco"]),
+        (["runs/x/log.jsonl", "runs/x.jsonl"], ["x/log", "x"]),
     ],
 )
 def test_names_of_runs(paths, names, tmp_path):

@@ -139,6 +139,10 @@ def test_classes_two_folders_deep(tmp_path, capsys):
     assert "--ways 5" in refused(capsys, main, "eval_fewshot", *words, "--class-depth", 1)
     subprocess.run(["tar", "-cf", tmp_path / "all.tar", "-C", tmp_path, "data"], check=True)
     assert main("eval_fewshot", *words, "--class-depth", 2, "--data", tmp_path / "all.tar")["classes"] == 6
+    order = [*names[1:], names[0]]  # a list has an order of its own
+    (tmp_path / "list.txt").write_text("".join(f"data/{name}\n" for name in order))
+    listed = ["--data", tmp_path / "all.tar", "--val-list", tmp_path / "list.txt", "--class-depth", 2]
+    assert main("eval_fewshot", *words, *listed)["classes"] == 6
     assert "not lie in folders" in refused(capsys, main, "eval_fewshot", *words, "--class-depth", 2, "--data", "digits")
     assert "no labels" in refused(capsys, main, "eval_fewshot", *words)
     assert "2 folders only" in refused(capsys, main, "eval_fewshot", *words, "--class-depth", 3)
