@@ -46,10 +46,7 @@ def save_file(path, state, keep=False):
     except (OSError, RuntimeError) as error:  # torch wraps the errors of the system
         reason = getattr(error.__context__ if isinstance(error, RuntimeError) else error, "strerror", None) or error
         left = f"; the state saved before is in {path}" if path.exists() else ""
-        fail(
-            f"cannot write {path}: {str(reason).splitlines()[0]}{left}. Make room, then give the command once more",
-            code=1,
-        )
+        fail(f"cannot write {path}: {str(reason).splitlines()[0]}{left}. Make room and repeat the command", code=1)
 
 
 def load_file(path, flag, trust_pickle=False):

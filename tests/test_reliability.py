@@ -102,7 +102,7 @@ def test_full_disk_leaves_the_last_good_state(tmp_path):
     words = ["simsiam.py", *flags("simsiam", tmp_path, "--max-steps", 4)]
     small = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))}
     done = command(*words, check=1, **small)
-    assert "cannot write" in done.stderr and "Make room, then give the command once more" in done.stderr
+    assert "cannot write" in done.stderr and "Make room and repeat the command" in done.stderr
     assert "run the same command again" not in done.stderr + done.stdout, "a job of Slurm would be queued for ever"
     assert done.stderr.count("\n") == 1 and (tmp_path / "last.pt").read_bytes() == before
     assert state(tmp_path)["step"] == 2 and not list(tmp_path.glob("*.tmp*"))
