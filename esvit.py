@@ -171,7 +171,7 @@ class Head(nn.Module):
 
     def forward(self, x):
         z = F.normalize(upcast(self.mlp(x)), dim=1)
-        with torch.autocast(z.device.type, enabled=False):  # in bf16 the teacher's targets would be off by percents
+        with torch.autocast(z.device.type, enabled=False):  # in bf16 the teacher's targets would be off by a percent
             return self.last_layer(z)
 
 
