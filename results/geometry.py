@@ -30,9 +30,9 @@ from common.resnet import resnet
 def views(args, recipe, augmentation):
     """Batches of all images, --draws times."""
     data = open_dataset(args.data, "val", args.val_list)
-    size = next((n for n in range(100, 19, -1) if len(data) % n == 0), 0)
+    size = next((n for n in range(100, 4, -1) if len(data) % n == 0), 0)
     if not size:
-        sys.exit(f"error: {len(data)} images do not form equal batches of 20 to 100: leave some out of --val-list")
+        sys.exit(f"error: {len(data)} images do not form equal batches of 5 to 100: leave some out of --val-list")
     loader = Loader(data, augmentation, size, seed=recipe["seed"] + 1, workers=args.workers)
     return len(data), (batch for draw in range(args.draws) for batch in loader.epoch(draw))
 
