@@ -67,11 +67,11 @@ NEED_DATA = ("train", "detection", "segmentation")
 
 MISSED = """Aims that these runs missed. EMA 2.0x instead of 3x: both forms are bound by memory, and 7 passes over it
 against 3 allow 7/3. LARS 1.1x instead of 1.2x: 15 passes against 13. k-NN 1.11x the time of the matrix product instead
-of 1.10x (1.25x in another run). One view 2.3x instead of 3x torchvision: decoding alone is 3.0x. k-means 0.90x faiss-cpu
-instead of 0.95x (0.99x in another run). SeLa-v2's labels 0.87x faiss-cpu instead of 0.9x: a softmax in every pass.
-Steps of LeJEPA 81 % and InterCLR 82 % of their network calls instead of 85 %: the test of normality, the choice of
-negatives. DINO's with 27 million parameters for 8 images 90 % instead of 95 %, beside two other programs (97 % alone,
-in an earlier run): probably AdamW, average and 65,536 outputs, which are bound by memory; not profiled.
+of 1.10x (1.25x in another run). One view 2.3x instead of 3x torchvision: decoding alone is 3.0x. k-means 0.90x of
+faiss-cpu instead of 0.95x (0.99x in another run). SeLa-v2's labels 0.87x faiss-cpu instead of 0.9x: a softmax in every
+pass. Steps of LeJEPA 81 % and InterCLR 82 % of their network calls instead of 85 %: the test of normality, the choice
+of negatives. DINO's with 27 million parameters for 8 images 90 % instead of 95 %, beside two other programs (97 %
+alone, in an earlier run): probably AdamW, average and 65,536 outputs, which are bound by memory; not profiled.
 """
 R50 = "--arch resnet50 --width 1 --image-size 224 --batch-size 256"
 GPU = (
