@@ -19,7 +19,7 @@ Shuffled batch norm: outputs of images that are normalised together depend on ea
 query and its key in one group would give the pair away, and the loss would fall with nothing learned. So queries are
 normalised in groups of consecutive images, keys in groups of a random order across processes. In the paper each of 8
 GPUs is a group; here --bn-splits divides the batch of all processes: one process emulates eight, and any number of
-processes that divides it gives the same result. Of others, 16 for instance, each is at least one group.
+processes that divides it gives the same result; 16 processes are 16 groups.
 
 Deviations from the paper: the learning rate follows its schedule per step, not per epoch; running statistics are the
 mean over all groups, not those of one GPU; bf16 on CUDA (--precision fp32 is the paper's); with --accum each
