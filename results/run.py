@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = "--arch resnet18 --width 0.25 --image-size 32 --batch-size 64 --epochs 15 --knn-every 5"
-SHARED += " --precision bf16 --workers 2 --log-every 39 --seed 0 --no-resume"
+SHARED += " --precision {precision} --workers 2 --log-every 39 --seed 0 --no-resume"
 WHOLE = " --epochs 20 --knn-every 10 --log-every 195 --resume"  # after a method's flags
 CAE = "--arch vit_tiny --width 0.5 --depth 4 --patch-size 4 --regressor-depth 1 --decoder-depth 1 --crop-min 0.2"
 CAE += " --drop-path 0 --lr 4e-3 --warmup-epochs 2"
@@ -131,30 +131,31 @@ def lists(data, whole):
     return flags
 
 
-def run_script(method, data, out, flags, whole):
-    flags = SHARED + " " + flags.replace(RUNS, places(whole)[0]) + WHOLE * whole
+def run_script(method, data, out, flags, whole, precision):
+    flags = SHARED.format(precision=precision) + " " + flags.replace(RUNS, places(whole)[0]) + WHOLE * whole
     words = [f"{method.partition('-')[0]}.py", *lists(data, whole), *flags.split(), "--out", out]
     print(" ".join(words), flush=True)
     subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
 
 
-def run(method, data, whole):
+def run(method, data, whole, precision):
     runs, logs = places(whole)
-    run_script(method, data, f"{runs}/{method}", RECIPES[method], whole)
+    run_script(method, data, f"{runs}/{method}", RECIPES[method], whole, precision)
     logs.mkdir(parents=True, exist_ok=True)
     shutil.copy(ROOT / runs / method / "log.jsonl", logs / f"{method}.jsonl")
 
 
-def evaluate(name, data, whole):
+def evaluate(name, data, whole, precision):
     script, pretrained, flags = EVALUATIONS[name]
     runs, logs = places(whole)
     method, untrained, _ = Path(pretrained).parent.name.partition("-untrained")
     if untrained:  # the same network after one step of the warm-up, whose learning rate is next to 0
-        run_script(method, data, f"{runs}/{method}-untrained", f"{RECIPES[method]} --max-steps 1 --knn-every 0", whole)
+        few = f"{RECIPES[method]} --max-steps 1 --knn-every 0"
+        run_script(method, data, f"{runs}/{method}-untrained", few, whole, precision)
     out = f"{runs}/{name}"
     words = [f"{script}.py", "--pretrained", pretrained.replace(RUNS, runs), *lists(data, whole), *flags.split()]
     words += ["--out", out]
-    words += ["--precision", "bf16", "--workers", "2"]
+    words += ["--precision", precision, "--workers", "2"]
     print(" ".join(words), flush=True)
     subprocess.run([sys.executable, *words], cwd=ROOT, check=True)
     result = json.loads((ROOT / out / f"{script}.json").read_text())
@@ -188,6 +189,8 @@ if __name__ == "__main__":
     parser.add_argument("methods", nargs="*", default=usual, help="default: all but those of lightly")
     parser.add_argument("--data", default="data/cifar10")
     parser.add_argument("--whole", action="store_true", help="all 50,000 images, 20 epochs")
+    text = "fp32 where the processor has no bf16 (other roundings, but several times faster there)"
+    parser.add_argument("--precision", choices=["bf16", "fp32"], default="bf16", help=text)
     parser.add_argument("--table", action="store_true", help="only print the table of the logs that are there")
     args = parser.parse_args()
     known = [*RECIPES, *EVALUATIONS]
@@ -199,5 +202,5 @@ if __name__ == "__main__":
         print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores", flush=True)
         data = args.data if Path.cwd() == ROOT else str(Path(args.data).resolve())  # scripts run in ROOT
         for method in args.methods:
-            (run if method in RECIPES else evaluate)(method, data, args.whole)
+            (run if method in RECIPES else evaluate)(method, data, args.whole, args.precision)
     table(args.whole)
