@@ -100,6 +100,16 @@ def test_cosine_schedule():
     assert optim.cosine(100, 100, 10, final=0.001) == pytest.approx(0.001)
 
 
+@pytest.mark.parametrize(
+    ("processor", "name", "told"),
+    [("AVX2", "bf16", True), ("AVX2", "fp16", True), ("AVX2", "auto", False), ("AVX512", "bf16", False)],
+)
+def test_slow_precisions_of_a_processor(monkeypatch, capsys, processor, name, told):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: processor)
+    optim.precision(name, torch.device("cpu"))
+    assert ("--precision fp32" in capsys.readouterr().out) == told
+
+
 # ---------------------------------------------------------------------------------------------------- nearest
 def slow_knn(train, labels, test, k, temperature):
     predictions = []
