@@ -392,7 +392,7 @@ def test_learning_rate_falls_to_a_thousandth(tmp_path):
 @pytest.mark.parametrize("images, words", [(64, 16), (410, 48), (20_000, 1024)])
 def test_words_without_a_flag(images, words, tmp_path, capsys):
     """An eighth of the images, in whole batches, at least one of them, at most 1024 of small images."""
-    flags = f"--data fake:{images} --arch resnet18 --width 0.0625 --image-size 24 --batch-size 16 --knn-every 0"
+    flags = f"--data fake:{images} --arch resnet18 --width 0.125 --image-size 24 --batch-size 16 --knn-every 0"
     main("obow", *flags.split(), "--max-steps", 1, "--workers", 0, "--out", tmp_path)
     assert f"words       {words:,} per level" in capsys.readouterr().out
 
