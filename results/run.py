@@ -23,7 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = "--arch resnet18 --width 0.25 --image-size 32 --batch-size 64 --epochs 15 --knn-every 5"
-SHARED += " --precision {precision} --workers 2 --log-every 39 --seed 0 --no-resume"
+SHARED += " --precision bf16 --workers 2 --log-every 39 --seed 0 --no-resume"
 WHOLE = " --epochs 20 --knn-every 10 --log-every 195 --resume"  # after a method's flags
 CAE = "--arch vit_tiny --width 0.5 --depth 4 --patch-size 4 --regressor-depth 1 --decoder-depth 1 --crop-min 0.2"
 CAE += " --drop-path 0 --lr 4e-3 --warmup-epochs 2"
@@ -132,7 +132,7 @@ def lists(data, whole):
 
 
 def run_script(method, data, out, flags, whole, precision):
-    flags = SHARED.format(precision=precision) + " " + flags.replace(RUNS, places(whole)[0]) + WHOLE * whole
+    flags = SHARED.replace("bf16", precision) + " " + flags.replace(RUNS, places(whole)[0]) + WHOLE * whole
     words = [f"{method.partition('-')[0]}.py", *lists(data, whole), *flags.split(), "--out", out]
     print(" ".join(words), flush=True)
     subprocess.run([sys.executable, *words], cwd=ROOT, check=True)

@@ -27,6 +27,8 @@ from tests.helpers import (
 )
 
 SAME = {"atol": 1e-8, "rtol": 1e-7}
+# Conv4's biases come before batch norm: their gradients are rounding alone, and Adam divides them by about 1e-8.
+TOLERANCES = {"protoclr": {"atol": 1e-7, "rtol": 1e-7}}
 SHORT = ["--data", "fake:32"]  # epochs of two steps
 THREE, FIVE = [*EXACT, *SHORT, "--max-steps", 3], [*EXACT, *SHORT, "--max-steps", 5]  # three steps cut the second epoch
 
@@ -51,14 +53,15 @@ def test_two_processes_equal_one(script, runs):
     outs = runs.one / script, runs.two / script
     losses = [{step: r["loss"] for step, r in records(out).items()} for out in outs]
     assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], abs=1e-8)
-    assert_close(*map(state, outs), **SAME)
+    assert_close(*map(state, outs), **TOLERANCES.get(script, SAME))
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_two_processes_continued_by_one_and_the_reverse(script, runs, tmp_path):
     shutil.copytree(runs.two / script, tmp_path / "two")
-    assert_close(runs.whole(script), train(script, tmp_path / "two", *FIVE), **SAME)
-    assert_close(runs.whole(script), state(runs.more / script), **SAME)
+    tolerance = TOLERANCES.get(script, SAME)
+    assert_close(runs.whole(script), train(script, tmp_path / "two", *FIVE), **tolerance)
+    assert_close(runs.whole(script), state(runs.more / script), **tolerance)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
