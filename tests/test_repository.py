@@ -92,7 +92,7 @@ def test_documented_commands_parse(path):
     known = {*results_run.RECIPES, *results_run.EVALUATIONS}
     for line in code(path.read_text()):
         if match := re.match(r"\s*python results/run\.py ([^#]*)", line):
-            names = re.sub(r"--data \S+|--\w+", "", match[1]).split()
+            names = re.sub(r"--(data|precision) \S+|--\w+", "", match[1]).split()
             assert set(names) <= known, line
 
 
