@@ -55,9 +55,7 @@ def parse_args(argv=None):
     group.add_argument("--flip", type=probability, default=0.5, help="probability of a mirrored view")
     group.add_argument("--arch", default="vit_base", help="vit_tiny, small, base, large or huge")
     group.add_argument("--width", type=width, default=1.0, help="multiplier of the backbone's channels")
-    group.add_argument(
-        "--patch-size", type=positive(int), help="pixels (default: 16, 14 for vit_huge, less for small images)"
-    )
+    group.add_argument("--patch-size", type=positive(int), help="pixels (default: 16; ViT-H: 14; small images: less)")
     group.add_argument("--depth", type=positive(int), help="blocks of the encoder (default: by --arch)")
     group.add_argument("--heads", type=positive(int), help="attention heads of the encoder (default: by --arch)")
     group.add_argument("--decoder-dim", type=positive(int), help="default: 512, or that of an encoder below ViT-B")
@@ -286,6 +284,8 @@ def main(args):
     visible = int(patches * (1 - args.mask_ratio))
     if not 0 < visible < patches:
         fail(f"--mask-ratio {args.mask_ratio} leaves {visible} of {patches} patches visible: between 0 and all must be")
+    if args.norm_pix and values == 1:
+        fail("--norm-pix divides by the deviation of a patch, which needs two values: --no-norm-pix, or --patch-size 2")
     model = run.place(MAE(backbone, args.decoder_dim, args.decoder_depth, args.decoder_heads))
     peak = args.lr * args.batch_size / 256
     groups = param_groups(model, args.weight_decay)  # MAE: class and mask token decay, as in the official code

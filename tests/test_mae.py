@@ -396,6 +396,7 @@ def test_scaled_decoder_is_said_and_kept(tmp_path, capsys):
         ("--decoder-dim 16 --decoder-heads 3", "of 3 heads: try 12"),
         ("--decoder-depth 0", "--decoder-depth"),
         ("--patch-size 5", "--patch-size"),
+        ("--patch-size 1 --channels 1", "--norm-pix divides by the deviation of a patch"),
         ("--heads 5", "5 heads"),
         ("--pretrained x.pt", "--visualize"),
         ("--visualize x.jpg", "--pretrained"),
