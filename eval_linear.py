@@ -42,7 +42,6 @@ The classifier with the best last top-1 is saved with the network: predict.py ap
 Of the best figure, per_class_linear.csv and confusion_linear.png show single classes, and which are taken for which.
 Other data: Places205 (lists, "path label") with --epochs 28 --drops 7,14,21; iNaturalist18 (its .json files as
 --train-list and --val-list) with --epochs 84 --drops 24,48,72; both with --protocol multihead.
---cached extracts features once, without augmentation, and trains on them: minutes instead of hours, not the protocol.
 
 Deviations: normalisation is the backbone's (SwAV's linear code has 0.228 for 0.229); the crop of MAE and BYOL is one
 attempt clipped to the image, ours tries ten times, as torchvision; SimCLR and BYOL resize as TensorFlow does, without
@@ -63,14 +62,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import rng
-from common.args import Parser, fail, positive, toggle
+from common.args import Parser, fail, positive
 from common.augment import EvalView, View
 from common.batchnorm import sync_batch_norm
 from common.checkpoint import load_file, load_pretrained, save_file
 from common.classes import by_class, class_names
 from common.classifier import Classifier, save_classifier
 from common.datasets import open_labelled
-from common.distributed import all_reduce, any_process, gather_uneven, print0, process_mean, rank, world_size
+from common.distributed import all_reduce, any_process, gather_uneven, print0, process_mean, world_size
 from common.features import broken_rows, extract, features, has_class_token, usual_interpolation
 from common.files import make_folder, result_folder
 from common.loader import Loader, agree_on_undecodable, eval_batches
@@ -199,7 +198,7 @@ def check_frozen(backbone, before):
         fail("the backbone has changed while its classifiers were trained: the results mean nothing", code=1)
 
 
-class Live:
+class Source:
     """Features of images that are decoded and augmented anew in every epoch."""
 
     def __init__(self, backbone, train, test, micro, amp, dtype, seed=0, device="cpu", workers=4, max_bad=100):
@@ -223,65 +222,12 @@ class Live:
                 found |= self.features(view, x, kinds)
             yield found, batch.labels
 
-    def in_order(self, dataset, view, kinds):
-        """Yields the same of this process's share of a dataset, seen as a view without random numbers."""
-        for x, labels, _ in eval_batches(dataset, view, self.micro, **self.settings):
-            yield self.features(view, x, kinds), labels
-        agree_on_undecodable(dataset, self.settings["device"])
-
     def test(self, probes):
         """Yields the same of this process's share of the test images, one view after the other."""
         for view, kinds in kinds_of_views(probes, 1).items():
-            yield from self.in_order(self.test_set, view, kinds)
-
-
-class Cached:
-    """The same batches of features that were computed once, from the views of the test."""
-
-    def __init__(self, live, probes):
-        self.micro, self.seed, self.loader, wanted = live.micro, live.seed, None, kinds_of_views(probes, 1)
-        found, labels = self._extract(live, live.train, wanted)  # every process draws from all of them
-        self.train = {key: [gather_uneven(f) for f in parts] for key, parts in found.items()}, gather_uneven(labels)
-        self.steps = len(self.train[1]) // self.micro
-        for p in probes:  # of the images that can be decoded
-            p.steps = len(self.train[1]) // p.protocol.batch or fail(f"{p.name}: too few images can be decoded")
-        for part in (f for parts in self.train[0].values() for f in parts):
-            if broken := broken_rows(part.flatten(1), live.train, "training", live.amp):
-                fail(broken)
-        self.test_set = self._extract(live, live.test_set, wanted)
-        size = sum(f.numel() * f.element_size() for parts in self.train[0].values() for f in parts)
-        print0(f"cached      {len(self.train[1]):,} training images, {size / 2**30:.2f} GB of features in each process")
-
-    @staticmethod
-    def _extract(live, dataset, wanted):
-        """({(view, kind): list of (n, ...)}, labels (n,)) of this process's share of a dataset."""
-        found = {}
-        for view, kinds in wanted.items():
-            blank = next(live.backbone.parameters()).new_zeros(1, len(view.mean), view.size, view.size)
-            none = {key: [f[:0] for f in parts] for key, parts in live.features(view, blank, kinds).items()}
-            batches = [(none, torch.empty(0, dtype=torch.int64, device=blank.device))]  # a share may be empty
-            total = -(-len(dataset) // live.micro // world_size())
-            batches += bar(live.in_order(dataset, view, kinds), "features", total)
-            for key in none:
-                found[key] = [torch.cat(column) for column in zip(*(b[key] for b, _ in batches), strict=True)]
-            labels = torch.cat([y for _, y in batches])
-        return found, labels
-
-    def epoch(self, epoch, start, probes):
-        order = torch.from_numpy(rng.permutation(self.seed, epoch, len(self.train[1])))
-        for step in range(start, self.steps):
-            part = order[step * self.micro : (step + 1) * self.micro]
-            yield self._rows(self.train, part.chunk(world_size())[rank()])
-
-    def test(self, probes):
-        for rows in torch.arange(len(self.test_set[1])).split(4096):
-            yield self._rows(self.test_set, rows)
-
-    @staticmethod
-    def _rows(source, rows):
-        found, labels = source
-        rows = rows.to(labels.device)
-        return {key: [f[rows] for f in parts] for key, parts in found.items()}, labels[rows]
+            for x, labels, _ in eval_batches(self.test_set, view, self.micro, **self.settings):
+                yield self.features(view, x, kinds), labels
+            agree_on_undecodable(self.test_set, self.settings["device"])
 
 
 def kinds_of_views(probes, i):
@@ -536,7 +482,6 @@ def parse_args(argv=None):
     group.add_argument("--epochs", type=positive(int), help="default: the protocol's; drops and warm-up are scaled")
     group.add_argument("--drops", type=numbers, help="epochs that divide the rate by 10, where the protocol has such")
     group.add_argument("--batch-size", type=positive(int), help="over all processes (default: the protocol's)")
-    group.add_argument("--cached", action=toggle, default=False, help="features computed once: not the protocol")
     group.add_argument("--val-every", type=positive(int), default=1, help="epochs between evaluations")
     parser.add_max_bad(run.add_argument)
     parser.add_loop(run, log_every=50, network=False)
@@ -569,8 +514,8 @@ def make_probes(names, args, backbone, meta, classes, images, amp):
     for name, protocol in chosen.items():
         colour = {"jitter": (0.4, 0.4, 0.4, 0.0), "jitter_p": 1.0, "lighting": 0.1} if protocol.colour else {}
         test = EvalView(size, interpolation=protocol.test, **statistics)
-        train = test if args.cached else View(size, interpolation=protocol.train, **colour, **statistics)
-        train = train if args.cached or meta["channels"] == 3 else train.without_colours()
+        train = View(size, interpolation=protocol.train, **colour, **statistics)
+        train = train if meta["channels"] == 3 else train.without_colours()
         shapes = [f.shape[1:] for f in found[protocol.feature]]
         for lr in args.lr or [protocol.lr]:
             more = {"seed": args.seed, "device": blank.device, "dtype": blank.dtype}
@@ -717,12 +662,9 @@ def evaluate_protocols(names, before, same, args, backbone, meta, data, test, cl
         if p.protocol.optimiser.startswith("lars") and steps * p.peak * 0.001 < 2:
             print0(f"note: {p.name} hardly moves in {steps} steps; for small sets --protocol small")
     dtype = next(backbone.parameters()).dtype
-    source = Live(backbone, data, test, micro, amp, dtype, args.seed, device, args.workers, args.max_bad)
-    if args.cached:
-        print0("note: --cached trains on features of unaugmented images, which is not the protocol")
-        source = Cached(source, probes)
+    source = Source(backbone, data, test, micro, amp, dtype, args.seed, device, args.workers, args.max_bad)
 
-    known = {k: getattr(args, k) for k in "lr epochs drops batch_size cached val_every seed".split()}
+    known = {k: getattr(args, k) for k in "lr epochs drops batch_size val_every seed".split()}
     known |= {"protocol": names, **{k: meta[k] for k in ("image_size", "mean", "std")}}
     known = {k: ",".join(map(str, v)) if isinstance(v, list) else v for k, v in known.items()}
     known = {f"--{k.replace('_', '-')}": v for k, v in known.items()}
@@ -761,9 +703,8 @@ def main(args):
         heads, seen, trained = (a | b for a, b in zip((heads, seen, trained), evaluate_small(*common), strict=True))
 
     check_frozen(backbone, before)
-    cached = "features of unaugmented images: not the protocol" if args.cached and papers else ""
-    result = facts(args, meta, data, test, cached, guess) | {"classes": classes, "seed": args.seed}
-    result |= {"complete": complete, "cached": args.cached} | summary(heads)
+    result = facts(args, meta, data, test, guess) | {"classes": classes, "seed": args.seed}
+    result |= {"complete": complete} | summary(heads)
     best = result["best"]
     if best["head"] in seen:
         what = f"linear, {best['head']}, epoch {best['epoch']:g}, top-1 {best['top1']:.2f} %"

@@ -70,7 +70,7 @@ def main():
         def prepare(form):
             given = eval_linear.parse_args([*words, "--protocol", ",".join(FORMS[form])])
             probes, micro = eval_linear.make_probes(FORMS[form], given, backbone, meta, CLASSES, len(data), amp)
-            return eval_linear.Live(backbone, data, data, micro, amp, dtype, 0, device, args.workers), probes
+            return eval_linear.Source(backbone, data, data, micro, amp, dtype, 0, device, args.workers), probes
 
         def train(source, probes, epoch, batches):
             """On the first batches of an epoch, as the script trains."""

@@ -140,7 +140,7 @@ def test_evaluations_show_classes(tmp_path, capsys):
 
 def test_the_best_epoch_is_shown_also_of_a_run_that_goes_on(tmp_path):
     """Two classifiers, of which another epoch may be the best; a complete run that is started again says the same."""
-    words = [*TINY, "--protocol", "moco", "--lr", "30,3", "--batch-size", 64, "--epochs", 3, "--cached"]
+    words = [*TINY, "--protocol", "moco", "--lr", "30,3", "--batch-size", 64, "--epochs", 3]
     result = main("eval_linear", *words, "--out", tmp_path)
     right = sum(int(row["right"]) for row in rows_of(tmp_path, "linear"))
     assert 100 * right / 359 == pytest.approx(result["best"]["top1"], abs=1e-3)
@@ -155,7 +155,7 @@ def test_the_best_epoch_is_shown_also_of_a_run_that_goes_on(tmp_path):
 def test_two_processes_count_what_one_does(tmp_path):
     words = {
         "eval_knn": ["--k", 5],
-        "eval_linear": ["--protocol", "moco", "--epochs", 1, "--batch-size", 64, "--cached"],
+        "eval_linear": ["--protocol", "moco", "--epochs", 1, "--batch-size", 64],
     }
     launch(*((script, [*TINY, *more, "--out", tmp_path / "two"]) for script, more in words.items()))
     for script, more in words.items():

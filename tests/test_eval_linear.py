@@ -297,7 +297,7 @@ def test_interrupted_run_equals_uninterrupted(stop_at, short, tmp_path, monkeypa
     """A signal in the middle of a batch that is still being summed up, at the end of an epoch, and of the last one."""
     words = ["--protocol", ",".join(SHORT)]
     result, whole = run(tmp_path / "a", *words)
-    real, calls = eval_linear.Live.epoch, []
+    real, calls = eval_linear.Source.epoch, []
 
     def epoch(self, *rest):
         for batch in real(self, *rest):
@@ -306,7 +306,7 @@ def test_interrupted_run_equals_uninterrupted(stop_at, short, tmp_path, monkeypa
                 os.kill(os.getpid(), signal.SIGTERM)
             yield batch
 
-    monkeypatch.setattr(eval_linear.Live, "epoch", epoch)
+    monkeypatch.setattr(eval_linear.Source, "epoch", epoch)
     with pytest.raises(SystemExit) as stop:
         run(tmp_path / "b", *words)
     assert stop.value.code == 75 and len(calls) == stop_at
@@ -343,8 +343,8 @@ def test_epochs_between_evaluations(short, tmp_path):
 
 
 TWICE = {  # two micro-batches per step and synchronised batch norm; 102 test images are one batch: a process has none
-    "live": (512, "--protocol simsiam,multihead --batch-size 512 --epochs 1 --precision fp64".split()),
-    "cached": (64, "--protocol moco,mae --batch-size 16 --epochs 2 --precision fp64 --cached".split()),
+    "accumulated": (512, "--protocol simsiam,multihead --batch-size 512 --epochs 1 --precision fp64".split()),
+    "two protocols": (64, "--protocol moco,mae --batch-size 16 --epochs 2 --precision fp64".split()),
 }
 
 
@@ -388,14 +388,13 @@ def test_a_changed_backbone_is_an_error(tamper, short, tmp_path, monkeypatch, ca
     assert not (tmp_path / "eval_linear.json").exists()
 
 
-def test_digits_are_learned_and_cached_features_are_named(tmp_path, capsys):
+def test_digits_are_learned(tmp_path, capsys):
     """Handwritten digits are nearly separable even in the first stage of a random network: chance is 10."""
-    words = ["--protocol", "multihead", "--batch-size", 32, "--epochs", 2, "--cached"]
+    words = ["--protocol", "multihead", "--batch-size", 32, "--epochs", 2]
     result, _ = run(tmp_path, *words, source="digits")
     lines = capsys.readouterr().out.splitlines()
-    assert result["cached"] and "not the protocol" in result["note"]
-    assert any("not the protocol" in line for line in lines) and json.loads(lines[-1]) == result
-    assert result["best"]["top1"] > 85 and result["best"]["head"].startswith("multihead lr 0.01 feat")
+    assert json.loads(lines[-1]) == result
+    assert result["best"]["top1"] > 60 and result["best"]["head"].startswith("multihead lr 0.01 feat")
     best = max(row["best"]["top1"] for row in result["heads"].values())
     assert result["best"]["top1"] == best and any("best" in line and result["best"]["head"] in line for line in lines)
 
@@ -523,7 +522,7 @@ def test_batches_larger_than_the_set_name_what_works(tmp_path, capsys):
     assert small(tmp_path, "--protocol", "small", "--epochs", 3)["complete"]
 
 
-@pytest.mark.parametrize("protocol", ["moco", "small", "moco --cached"])
+@pytest.mark.parametrize("protocol", ["moco", "small"])
 def test_features_that_are_not_finite(protocol, short, tmp_path, capsys):
     """A file whose weights are damaged is named as such, not a rate that is too high."""
     write_vit(tmp_path / "vit.pt")
@@ -531,7 +530,7 @@ def test_features_that_are_not_finite(protocol, short, tmp_path, capsys):
     state["backbone"]["norm.weight"].fill_(3e38)  # finite, but nothing that is computed with it
     torch.save(state, tmp_path / "vit.pt")
     words = ["--pretrained", tmp_path / "vit.pt", *TINY[6:], "--data", "fake:64", "--out", tmp_path]
-    error = refused(capsys, main, "eval_linear", *words, "--protocol", *protocol.split())
+    error = refused(capsys, main, "eval_linear", *words, "--protocol", protocol)
     assert "not finite" in error and "damaged" in error and "--lr" not in error
 
 

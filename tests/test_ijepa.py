@@ -373,7 +373,7 @@ def shown_at(mask):
     "script, words",
     [
         ("eval_knn", ""),
-        ("eval_linear", "--protocol small,dino,mae --epochs 1 --batch-size 64 --cached"),
+        ("eval_linear", "--protocol small,dino,mae --epochs 1 --batch-size 64"),
         ("eval_finetune", "--epochs 1 --batch-size 32 --max-steps 1"),
         ("visualize", "--spectrum"),
     ],
