@@ -20,8 +20,8 @@ cae       100     4096   5e-4        AdamW, warm-up 5, cosine    0.05          0
 plain     30      256    0.01        SGD, cosine                 1e-4          -            -         a ViT: as vit
 
 simmim, cae: every block of a ViT has relative positions of its own, copies of shared ones (in any recipe) or zeros.
-cae: the network's own norm follows the mean, fixed positions stay so, colours jitter instead of RandAugment. A Swin of
-192 px goes to 224 by --image-size 224 --window 7, SimMIM's of 800 epochs with --layer-decay 0.8.
+cae: the network's own norm follows the mean, fixed positions stay so. A Swin of 192 px goes to 224 by --image-size 224
+--window 7, SimMIM's of 800 epochs with --layer-decay 0.8.
 
 Test images: shorter side to 256 and central 224 pixels, or sizes in this ratio; without the margin above 224 pixels, as
 in MAE's code, and up to 64. Bicubic for ViTs, Swins and XCiTs, bilinear for ResNets.
@@ -78,7 +78,7 @@ SGD = {"epochs": 30, "warmup_epochs": 0, "batch_size": 256, "lr": 0.01, "min_lr"
 SGD |= COMMON | {"layer_decay": 1.0, "drop_path": 0.0}
 SIMMIM = {"batch_size": 2048, "lr": 6.25e-4, "warmup_epochs": 20, "warmup_lr": 1e-6, "clip": 5.0}
 MASKFEAT = {"batch_size": 2048, "lr": 1e-3, "warmup_epochs": 20, "warmup_lr": 4e-8, "min_lr": 4e-6}
-CAE = {"batch_size": 4096, "rand_augment": 0.0, "color_jitter": 0.4}
+CAE = {"batch_size": 4096}
 RECIPES = {  # by name and by whether the network is a ViT
     ("vit", True): VIT | MIXED,
     ("simmim", True): VIT | MIXED | SIMMIM | {"relative_positions": True},
@@ -89,7 +89,8 @@ RECIPES = {  # by name and by whether the network is a ViT
 }
 LARGE = {"epochs": 50, "warmup_epochs": 5, "lr": 1e-3, "layer_decay": 0.75}
 BY_ARCH = {("simmim", arch): {"layer_decay": 0.9} for arch in swin.ARCHS}  # what differs, by recipe and architecture
-BY_ARCH |= {("simmim", "swin_large"): {"layer_decay": 0.7, "drop_path": 0.2}, ("maskfeat", "vit_large"): LARGE}
+BY_ARCH |= {("simmim", "swin_large"): {"layer_decay": 0.7, "drop_path": 0.2}}
+BY_ARCH |= {("maskfeat", "vit_large"): LARGE | {"warmup_lr": 8e-8, "min_lr": 8e-6}}
 BY_ARCH |= {("cae", "vit_large"): LARGE | {"lr": 1.25e-4, "drop_path": 0.2}}
 for recipe in ("vit", "plain"):
     BY_ARCH |= {(recipe, f"vit_{size}"): LARGE | {"drop_path": p} for size, p in (("large", 0.2), ("huge", 0.3))}

@@ -696,6 +696,10 @@ def main(args):
             names, why = [own], guess or f"that of {meta['method']}"
         print0(f"protocol    {names[0]}: {why}")
 
+    idle = {"val_every", "max_steps"} & args.given if names == ["small"] else set()
+    idle |= {"drops"} & args.given if not any(PROTOCOLS[name].drops for name in names if name != "small") else set()
+    if idle:
+        fail(f"--{min(idle).replace('_', '-')} does nothing with --protocol {','.join(names)}: leave it out")
     heads, seen, trained, complete, common = {}, {}, {}, True, (args, backbone, meta, data, test, classes, device, amp)
     if papers := [name for name in names if name != "small"]:
         heads, seen, trained, complete = evaluate_protocols(papers, before, same, *common)

@@ -284,7 +284,7 @@ def usage(path, backbone, meta, target, weights):
         if meta["width"] != 1:
             return []
         values = {"WEIGHTS": str(path), "PIXEL_MEAN": pixels[0], "PIXEL_STD": pixels[1], "RESNETS.DEPTH": int(depth)}
-        values |= {"RESNETS.STRIDE_IN_1X1": False}
+        values |= {"RESNETS.STRIDE_IN_1X1": False} | ({"RESNETS.RES2_OUT_CHANNELS": 64} if int(depth) < 50 else {})
         lines = ["from detectron2.config import get_cfg", "cfg = get_cfg()", 'cfg.INPUT.FORMAT = "RGB"']
         return lines + [f"cfg.MODEL.{k} = {v!r}" for k, v in values.items()]
     build = network_lines(backbone, meta, target, weights)

@@ -68,9 +68,7 @@ def parse_args(argv=None):
     group.add_argument(
         "--batch-size", type=positive(int), default=4096, help="images per step over all processes and --accum"
     )
-    group.add_argument(
-        "--lr", type=positive(float), default=1.5e-4, help="per 256 images: multiplied by batch-size / 256"
-    )
+    group.add_argument("--lr", type=positive(float), default=1.5e-4, help="per 256 images: times batch-size / 256")
     group.add_argument("--weight-decay", type=at_least(0, float), default=0.05, help="not of biases and norms")
     group.add_argument("--momentum", type=below_one, default=0.9)
     group = parser.add_argument_group("memory and pictures", recipe=False)
@@ -252,7 +250,8 @@ def visualize(args, run):
     if "decoder_embed.weight" not in weights:
         fail(f"--pretrained {args.pretrained} holds no decoder (a backbone.pt never does): give the last.pt of a run")
     backbone, meta = load_backbone(args.pretrained, trust_pickle=args.trust_pickle)
-    told = state["args"] if "backbone_prefix" in state else vars(args)  # official files do not tell
+    told = state["args"] if "backbone_prefix" in state else {}  # official files do not tell
+    told = vars(args) | {k: v for k, v in told.items() if k not in args.given}
     depth = len({k.split(".")[1] for k in weights if k.startswith("decoder_blocks.")})
     model = MAE(backbone, len(weights["decoder_embed.weight"]), depth, told["decoder_heads"])
     weights |= {f"backbone.{k}": v for k, v in backbone.state_dict().items()}
@@ -266,7 +265,7 @@ def visualize(args, run):
         fail(f"--visualize {error}")
     view = EvalView(backbone.grid[0] * backbone.patch_size, mean=tuple(meta["mean"]), std=tuple(meta["std"]))
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    path, rest = f"{args.out}/visualize.png", (args.mask_ratio, told["norm_pix"], args.seed, run.amp)
+    path, rest = f"{args.out}/visualize.png", (told["mask_ratio"], told["norm_pix"], args.seed, run.amp)
     save_pictures(path, model.to(run.device, run.dtype), images, view, *rest)
     print0(f"written     {path}")
 

@@ -252,7 +252,8 @@ def visualize(args, run):
     if len(weights) < 3:
         fail(f"--pretrained {args.pretrained} holds no head (a backbone.pt never does): give the last.pt of a run")
     backbone, meta = load_backbone(args.pretrained, trust_pickle=args.trust_pickle)
-    told = state["args"] if "backbone_prefix" in state else vars(args)  # official files do not tell
+    told = state["args"] if "backbone_prefix" in state else {}  # official files do not tell
+    told = vars(args) | {k: v for k, v in told.items() if k not in args.given}
     model = MaskFeat(backbone, told["cell"] or default_cell(backbone.patch_size), told["bins"], told["gaussian"])
     weights |= {f"backbone.{k}": v for k, v in backbone.state_dict().items()}
     if compare_tensors(model, weights)[0]:
@@ -265,7 +266,7 @@ def visualize(args, run):
         fail(f"--visualize {error}")
     view = EvalView(backbone.grid[0] * backbone.patch_size, mean=tuple(meta["mean"]), std=tuple(meta["std"]))
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    path, how = f"{args.out}/visualize.png", (args.mask_ratio, args.exact_masks)
+    path, how = f"{args.out}/visualize.png", (told["mask_ratio"], told["exact_masks"])
     save_pictures(path, model.to(run.device, run.dtype), images, view, how, args.seed, run.amp)
     print0(f"written     {path}")
 

@@ -110,6 +110,9 @@ def parse_args(argv=None):
         setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
     if (other := {"cosine": "milestones", "multistep": "min_lr"}[args.schedule]) in args.given:
         parser.error(f"--{other.replace('_', '-')} does nothing with --schedule {args.schedule}: leave it out")
+    for name in ("warmup_lr", *["min_lr"] * (args.schedule == "cosine")):
+        if getattr(args, name) > args.lr:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} must not exceed --lr {args.lr}")
     if args.milestones and max(args.milestones) >= args.epochs:
         parser.error(f"--milestones {max(args.milestones)} must be smaller than --epochs {args.epochs}")
     if not is_swin and (args.window or len(args.depth or [1]) > 1):
@@ -236,12 +239,11 @@ def visualize(args, run):
     except BadImage as error:  # which a loader would replace by its neighbour
         fail(f"--visualize {error}")
     view = EvalView(meta["image_size"], mean=tuple(meta["mean"]), std=tuple(meta["std"]))
-    square = args.mask_patch_size  # which official files do not tell
-    if "backbone_prefix" in state and "mask_patch_size" not in args.given:
-        square = state["args"]["mask_patch_size"]
-    squares = fit(view.size, backbone, square, args.mask_ratio)
+    told = state["args"] if "backbone_prefix" in state else {}  # official files do not tell
+    told = vars(args) | {k: v for k, v in told.items() if k not in args.given}
+    squares = fit(view.size, backbone, told["mask_patch_size"], told["mask_ratio"])
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    path, rest = f"{args.out}/visualize.png", (args.mask_ratio, squares, args.seed, run.amp)
+    path, rest = f"{args.out}/visualize.png", (told["mask_ratio"], squares, args.seed, run.amp)
     save_pictures(path, model.to(run.device, run.dtype), images, view, *rest)
     print0(f"written     {path}")
 

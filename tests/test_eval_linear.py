@@ -544,6 +544,8 @@ CASES = {
     "drops": ("--drops 3;4", "--drops"),
     "no epochs": ("--epochs 0", "--epochs"),
     "batch larger than data": ("--protocol simsiam", "--protocol small"),
+    "steps of small": ("--protocol small --max-steps 2", "--max-steps does nothing with --protocol small"),
+    "drops of a cosine": ("--protocol swav,small --drops 2", "--drops does nothing with --protocol swav,small"),
     "stages of a ViT": ("--protocol multihead --arch vit_tiny --width 0.25", "ResNet"),
 }
 

@@ -313,7 +313,7 @@ def test_configurations_of_detection(moco, tmp_path, capsys, monkeypatch):
     out = run(moco[1], "detectron2", tmp_path / "a.pkl")
     exec(textwrap.dedent(capsys.readouterr().out.partition("to use it:\n")[2]), {})
     assert (cfg.INPUT.FORMAT, cfg.MODEL.WEIGHTS, cfg.MODEL.RESNETS.DEPTH) == ("RGB", str(out), 18)
-    assert cfg.MODEL.RESNETS.STRIDE_IN_1X1 is False
+    assert cfg.MODEL.RESNETS.STRIDE_IN_1X1 is False and cfg.MODEL.RESNETS.RES2_OUT_CHANNELS == 64
     # the pixel statistics that both projects have for ImageNet in their own configurations
     assert cfg.MODEL.PIXEL_MEAN == [123.675, 116.28, 103.53] and cfg.MODEL.PIXEL_STD == [58.395, 57.12, 57.375]
     scope = {}

@@ -342,7 +342,12 @@ def test_visualize_any_image(run, photos, tmp_path):
     assert len(picture) > 1000 and not list(tmp_path.glob("*.tmp*"))
     assert visualize(photos, last, tmp_path) == picture
     assert visualize(photos, last, tmp_path, "--seed", 1) != picture, "another seed, another mask"
-    assert visualize(photos, last, tmp_path, "--mask-ratio", 0.5) != picture
+    half = visualize(photos, last, tmp_path, "--mask-ratio", 0.5)
+    assert half != picture and visualize(photos, last, tmp_path, "--no-norm-pix") != picture
+    saved = state(run)
+    saved["args"]["mask_ratio"] = 0.5
+    torch.save(saved, tmp_path / "half.pt")
+    assert visualize(photos, tmp_path / "half.pt", tmp_path) == half, "a run's own ratio, unless told otherwise"
     weights = {name.removeprefix("backbone."): value for name, value in state(run)["model"].items()}
     torch.save({"model": weights, "epoch": 3, "args": argparse.Namespace(lr=1.0)}, official)
     assert visualize(photos, official, tmp_path, "--decoder-heads", 2) == picture

@@ -383,6 +383,8 @@ def test_official_files_hold_settings_that_could_run_code(run, tmp_path, capsys)
         ("--depth 2 2", "are for Swins"),
         ("--milestones 9", "--milestones 9 must be smaller than --epochs 4"),
         ("--milestones 2 --schedule cosine", "--milestones does nothing with --schedule cosine"),
+        ("--warmup-lr 1", "--warmup-lr 1.0 must not exceed --lr"),
+        ("--schedule cosine --lr 1e-6 --warmup-lr 0", "--min-lr 1e-05 must not exceed --lr 1e-06"),
         ("--min-lr 0", "--min-lr does nothing with --schedule multistep"),
         ("--pretrained x.pt", "--visualize"),
     ],
