@@ -12,8 +12,9 @@ eval_fewshot.py afterwards.
     python protoclr.py --data /omniglot --augmentation characters --image-size 28 --channels 1 --epochs 1000
     python eval_fewshot.py --pretrained runs/protoclr/backbone.pt --data /mini-imagenet --shots 1 5
 
-Published, Conv4, 5 classes, accuracy on unseen classes with fine-tuning of the last layer (official README):
-mini-ImageNet, 1 and 5 images per class: 45.67 and 62.99. Ours: not run; on a few characters see results/README.md.
+Published, Conv4, 5 classes, accuracy on unseen classes with fine-tuning of the last layer (the paper, by a listing of
+results): mini-ImageNet, 1 and 5 images per class: 45.67 and 62.99. Ours: not run; on a few characters see
+results/README.md.
 
 The rate is halved every 25,000 steps, whatever their number. The official code draws batches at random until the
 training accuracy has not risen for 20,000 steps; here epochs are counted, and 130, about 100,000 steps on
