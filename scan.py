@@ -21,7 +21,8 @@ The paper's other sets: CIFAR-100 as folders of its 20 superclasses, --clusters 
 
 Published, accuracy / NMI / ARI of the best run after clustering and after self-labelling, in percent: CIFAR-10 81.6 /
 71.5 / 66.5, then 88.3 / 79.7 / 77.2; CIFAR-20 44.0 / 44.9 / 28.3, then 50.7 / 48.6 / 33.3; STL-10 79.2 / 67.3 / 61.8,
-then 80.9 / 69.8 / 64.6; 50, 100, 200 and 1000 classes of ImageNet 75.1, 66.2, 56.3 and 39.9, then 76.8, 68.9, 58.1. After 500 epochs of SimCLR, or 800 of MoCo v2. Ours: results/README.md.
+then 80.9 / 69.8 / 64.6; 50, 100, 200 and 1000 classes of ImageNet 75.1, 66.2, 56.3 and 39.9, then 76.8, 68.9, 58.1.
+After 500 epochs of SimCLR, or 800 of MoCo v2. Ours: results/README.md.
 
 Labels, where there are any, are only reported. Judged are the validation images, or without them the training images,
 at most 10,000, without augmentation: of several heads that with the lowest loss at lambda = 1 is taken. clusters.pt,
