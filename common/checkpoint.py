@@ -15,7 +15,7 @@ from torch import nn
 
 from common import conv4, formats, layouts, networks, resnet, swin, vit, xcit
 from common.args import default_size, fail
-from common.distributed import agree, barrier, is_main, print0
+from common.distributed import agree, is_main, print0
 from common.files import atomic, make_folder
 from common.folders import nearest_name
 
@@ -106,7 +106,7 @@ def resume(args, images, model, optimizer, scaler, name="last.pt", more=()):
     hash}, differs: nothing starts again from zero in silence.
     """
     path = make_folder(args.out) / name
-    barrier()
+    agree(images, model) or fail("--data has another number of images on another process: is a copy incomplete?")
     found = [p for p in (path, path.with_suffix(".previous.pt")) if p.exists()]
     apart = f"--out {args.out} is not the same folder on all nodes: put it on a file system that all of them see"
     if not args.resume or not found:
@@ -133,8 +133,7 @@ def resume(args, images, model, optimizer, scaler, name="last.pt", more=()):
     was, now = state["recipe"], {k: v for k, v in args.plain().items() if k in args.held}
     changed = [k for k in sorted(was.keys() | now.keys()) if was.get(k) != now.get(k)]
     differences = [f"--{k.replace('_', '-')} was {was.get(k)}, is {now.get(k)}" for k in changed]
-    if state["images"] != images:
-        differences.append(f"the data set had {state['images']} images, has {images}")
+    differences += [f"the data set had {state['images']} images, has {images}"] * (state["images"] != images)
     same = more["same"].items() if "same" in more else ()  # a file of an earlier version does not say it
     differences += [f"{what} are others" for what, now in same if state.get("same", {}).get(what, now) != now]
     if differences:

@@ -58,7 +58,7 @@ def by_class(args, name, what, targets, predictions, test, train):
         taken.setdefault(true, (names[other], count))
     out, size = make_folder(result_folder(args.pretrained, args.out)), dict(zip(classes.tolist(), images, strict=True))
     table, picture = out / f"per_class_{name}.csv", out / f"confusion_{name}.png"
-    with atomic(table) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    with atomic(table, shared=True) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["label", "class", "images", "right", "accuracy", "most often taken for", "times"])
         for c, n in zip(classes.tolist(), right.tolist(), strict=True):
@@ -144,5 +144,5 @@ def draw_confusion(path, targets, predictions, names, found, what):
             if numbers and count:
                 ink = "white" if colour.mean() < 140 else "black"
                 draw.text((left + cell * (j + 0.5) - 1, y + cell / 2 - 1), f"{count:,}", ink, font, anchor="mm")
-    with atomic(path) as temporary:
+    with atomic(path, shared=True) as temporary:
         canvas.save(temporary)

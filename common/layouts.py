@@ -325,7 +325,7 @@ def vit_shape(weights, heads=(), arch=None):
     first = 0 if "cls_token" not in weights and math.isqrt(table.shape[1]) ** 2 == table.shape[1] else 1
     dim, patch = len(proj), proj.shape[-1]
     name = next((name for name, row in vit.ARCHS.items() if row[0] == dim), arch if arch in vit.ARCHS else "vit_tiny")
-    usual = None if dim % 64 else dim // 64
+    usual = {1152: 16, 1408: 16}.get(dim, None if dim % 64 else dim // 64)  # timm's so400m and ViT-g
     if name == arch or vit.ARCHS[name][0] == dim:
         usual = vit.ARCHS[name][2]
     side = round((table.shape[1] - first) ** 0.5)

@@ -185,6 +185,17 @@ def _text_rows(lines, ways, flag):
 
 
 # --------------------------------------------------------------------------------------------------------- tables
+def _cells(lines, sign, flag):
+    """Rows of cells. Quotation marks are CSV's; where they are not, in a file with tabs they are letters."""
+    how = {"delimiter": sign, "skipinitialspace": True}
+    try:
+        return list(csv.reader(lines, **how, strict=True))
+    except csv.Error as error:  # read loosely, one that is not closed would swallow the rows below it
+        if sign == "\t":
+            return list(csv.reader(lines, **how, quoting=csv.QUOTE_NONE))
+        fail(f"{flag}: a cell that begins with a quotation mark does not end with one ({error})")
+
+
 def _delimiter(lines, ways):
     """What separates the columns of a table, if the first of the lines is a header; None for other files."""
     if _parse(lines[0][1], ways):
@@ -309,7 +320,7 @@ def read_list(image_list, split, find, root):
     else:
         lines = _lines(text, ways, flag)
         if lines and (sign := _delimiter(lines, ways)):
-            table = csv.reader([line for _, line in lines], delimiter=sign, skipinitialspace=True)
+            table = _cells([line for _, line in lines], sign, flag)
             (_, columns), *records = zip([i for i, _ in lines], table, strict=False)
             rows = _table_rows(columns, records, ways, split, flag)
         else:

@@ -291,9 +291,9 @@ class Pool:
         self.bad.add(index)
         if self.max_bad is not None and len(self.bad) > self.max_bad:
             raise TooManyBad(f"more than --max-bad {self.max_bad} images cannot be decoded, the last: {error}")
-        if error not in REPORTED:
-            REPORTED.add(error)
-            instead = "it is left out" if self.max_bad is None else "its neighbour is used instead"
+        instead = "it is left out" if self.max_bad is None else "its neighbour is used instead"
+        if (error, instead) not in REPORTED:
+            REPORTED.add((error, instead))
             sys.stderr.write(f"warning: cannot decode {error}; {instead}\n")
         if self.max_bad is not None and len(self.bad) == len(self.dataset):
             raise TooManyBad("no image can be decoded")

@@ -101,7 +101,7 @@ class Logger:
         script, *words = sys.argv
         if script.endswith(".py") and Path(script).exists():
             with contextlib.suppress(shutil.SameFileError):  # the copy itself was started
-                shutil.copy(script, args.out)
+                shutil.copyfile(script, Path(args.out) / Path(script).name)  # not its mode, which may be read-only
         versions = {"python": platform.python_version(), "torch": torch.__version__}
         versions |= {"torchvision": torchvision.__version__}
         origin = {"command": " ".join([Path(script).name, *words]), "args": args.plain(), "versions": versions}
@@ -297,7 +297,7 @@ def report(args, name, result):
     args: those of the script, whose folder is that of `result_folder`."""
     if is_main():
         out = make_folder(result_folder(args.pretrained, args.out))
-        with atomic(out / f"eval_{name}.json") as temporary:
+        with atomic(out / f"eval_{name}.json", shared=True) as temporary:
             temporary.write_text(json.dumps(result, indent=1) + "\n")
         entry = {"script": f"eval_{name}", "time": time.strftime("%Y-%m-%d %H:%M:%S"), "args": args.plain()}
         line = json.dumps(entry | {"result": result}) + "\n"

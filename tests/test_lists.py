@@ -145,6 +145,8 @@ WRONG = {
     "image,label\n1.jpg,0\n2.jpg\n": "line 3: 1 columns, unlike the 2 of the header",
     "image,label\n1.jpg,0\n2.jpg,\n": "line 3: no label, unlike the first one: '2.jpg'",
     "image,label\n": "names no image",
+    'image,title,label\n1.jpg,"Sunset,0\n2.jpg,Dawn,1\n': "begins with a quotation mark does not end with one",
+    'image,title,label\n1.jpg,"Sunset,0\n2.jpg,5" wide,1\n': "begins with a quotation mark does not end with one",
     "1.JPG 0\n3.jpg 1\n": "line 1: '1.JPG' is not in",
     "1.jpg 0\n2.jpeg 1\n9.png 1\n": "(did you mean 2.jpg?), nor are 1 more",
     "C:\\x\\1.jpg 0\n": "leads out of the data folder",
@@ -175,6 +177,14 @@ def test_where_a_list_is_looked_for(tmp_path, capsys, monkeypatch):
         "": "--train-list is empty",
     }.items():
         assert expected in refused(capsys, read_list, name, "train", in_folder("data"), "data")
+
+
+def test_quotation_marks_of_tables(tmp_path):
+    """Between tabs one that is not closed is a letter, which swallows no row; CSV's own may hold its comma."""
+    files = ["1.jpg", "2.jpg"]
+    table = 'image\ttitle\tlabel\n1.jpg\t"Sunset\t0\n2.jpg\tDawn\t1\n'
+    assert read(tmp_path, files, table)[:2] == (files, [0, 1])
+    assert read(tmp_path, files, 'image,title,label\n"1.jpg","a, b",0\n2.jpg,c,1\n')[:2] == (files, [0, 1])
 
 
 def test_names_of_categories(tmp_path, capsys):

@@ -112,10 +112,9 @@ def test_a_folder_that_nodes_do_not_share_is_refused(tmp_path, monkeypatch, caps
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     own, other = (parsed("simsiam", "--out", tmp_path / name) for name in ("own", "other"))
     checkpoint.save_file(tmp_path / "own/last.pt", checkpoint.run_state(own, 5, 8, model, optimizer, scaler))
-    monkeypatch.setattr(checkpoint, "barrier", lambda: None)
 
-    def step(args):
-        found = checkpoint.resume(args, 8, model, optimizer, scaler)
+    def step(args, images=8):
+        found = checkpoint.resume(args, images, model, optimizer, scaler)
         return found and found["step"]
 
     assert as_processes(monkeypatch, distributed, step, [own], [own]) == [5, 5]
@@ -125,6 +124,9 @@ def test_a_folder_that_nodes_do_not_share_is_refused(tmp_path, monkeypatch, caps
         as_processes(monkeypatch, distributed, step, [own], [other])
     message = capsys.readouterr().err
     assert stop.value.code == 2 and f"--out {tmp_path}/own is not the same folder on all nodes" in message
+    with pytest.raises(SystemExit) as stop:
+        as_processes(monkeypatch, distributed, step, [own, 8], [own, 9])
+    assert stop.value.code == 2 and "--data has another number of images" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("local, told", [(0, 1), (1, 0)])
